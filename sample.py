@@ -1,0 +1,808 @@
+"""Sample a trained diffusion model, look at how it samples, and score it.
+
+    python sample.py runs/first --n 64                               # PNG files and a grid
+    torchrun --nproc_per_node=8 sample.py runs/first --n 50000 --score photos/
+    python sample.py runs/first --trajectory                         # low frequencies come first
+
+Image i depends on the seed and i alone, not on batch size or number of processes; images already there are
+skipped, so an interrupted command goes on when typed again.
+
+This file holds what using a model needs: reading images, noise paths and predictions, samplers, checkpoints,
+sampling, scores. What training needs on top is in train_diffusion.py, which imports from here.
+"""
+
+import argparse
+import functools
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import sys
+import time
+import zipfile
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset, Subset
+from tqdm import tqdm
+
+from dct import DCTCodec
+from dit import DIT_SIZES, DiT
+from repa import load_encoder
+from spectral_losses import psd
+from uvit import UVIT_SIZES, UViT
+
+
+class InputError(Exception):
+    """A mistake of the user's: printed without a traceback. Names the flag or file, the value and what would do."""
+
+
+# ---- images -----------------------------------------------------------------------------------------------
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+MAX_UNREADABLE = 0.01  # share of a data set
+DEAD_LEAVES = 20_000  # images in the built-in set
+PALETTE = np.array([(230, 57, 70), (244, 162, 97), (233, 216, 90), (67, 170, 87), (58, 134, 196), (120, 80, 170),
+                    (240, 240, 235)], np.float32)  # fmt: skip
+
+
+def to_rgb(image):
+    """Any Pillow image as 8-bit RGB: EXIF rotation applied, 16-bit scaled down, transparency laid on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey, in one of Pillow's several modes
+        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def center_crop(image, size):
+    """The central square of a Pillow image, `size` pixels wide: box-halved while twice as large, then bicubic."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    while image.width >= 2 * size:
+        image = image.resize((image.width // 2, image.width // 2), Image.Resampling.BOX)
+    return image if image.width == size else image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def dead_leaves(index, size, full=False):
+    """Image `index` of occluding discs with radius density r^-3, the model of natural images' power-law spectra
+    (Lee, Mumford & Huang, IJCV 2001). One to three discs in seven colours, or with `full` as many as fill the
+    frame, in free colours. -> (size, size, 3) uint8
+    """
+    rng = np.random.default_rng([index, int(full)])
+    small, large = (size / 16, size / 2) if full else (size / 8, size / 3)
+    rows = np.arange(size, dtype=np.float32)
+    frame, empty = np.zeros((size, size, 3), np.float32), np.ones((size, size), np.float32)  # painted front to back
+    for count in itertools.repeat(128) if full else [rng.integers(1, 4)]:
+        radius = (rng.uniform(large**-2, small**-2, count) ** -0.5).astype(np.float32)  # inverse CDF of r^-3
+        reach = radius[:, None] if full else -radius[:, None] / 2  # full: centres may lie outside the frame
+        centre = rng.uniform(-reach, size + reach, (count, 2)).astype(np.float32)
+        colour = rng.uniform(0, 255, (count, 3)) if full else PALETTE[rng.integers(0, len(PALETTE), count)]
+        distance = np.hypot(*np.broadcast_arrays(rows[:, None] - centre[:, :1, None], rows - centre[:, 1:, None]))
+        cover = (radius[:, None, None] - distance + 0.5).clip(0, 1)  # (count, size, size), soft edges
+        left = np.cumprod(np.concatenate((empty[None], 1 - cover)), 0)  # what shows through the leaves before each
+        frame += np.einsum("khw,kc->hwc", left[:-1] * cover, colour.astype(np.float32))
+        empty = left[-1]
+        if full and empty.max() < 1 / 255:
+            break
+    return (frame + empty[..., None] * PALETTE[rng.integers(len(PALETTE))]).round().astype(np.uint8)
+
+
+class Images(Dataset):
+    """The images of `--data SPEC`, centre-cropped to `size` pixels; item i is (3, size, size) uint8.
+
+    SPEC: a folder tree or .zip (classes = the folders at its top; a StyleGAN/EDM dataset.json wins), `cifar10` or
+    `cifar10:test` (torchvision downloads them to ./data), `dead-leaves` or `dead-leaves:full`. Attributes: names,
+    labels (list of int, or None), classes (list of str, or None). Raises InputError where there are no images.
+    """
+
+    def __init__(self, spec, size):
+        self.spec, self.size, self.labels, self.classes, self._zips, self._unreadable = spec, size, None, None, {}, set()
+        kind, _, option = spec.partition(":")
+        self.kind, self.option, self.path = kind, option, Path(spec)
+        if spec in ("dead-leaves", "dead-leaves:full"):
+            self.names = range(DEAD_LEAVES)
+        elif spec in ("cifar10", "cifar10:test"):
+            from torchvision.datasets import CIFAR10
+
+            try:
+                data = CIFAR10("data", train=not option, download=True)
+            except Exception as error:  # torchvision lets whatever its download met through
+                raise InputError(f"--data {spec}: torchvision could not download it to ./data ({error})") from error
+            self.names, self.pixels, self.labels, self.classes = range(len(data)), data.data, data.targets, data.classes
+        else:
+            self._list_files()
+
+    def _list_files(self):
+        labels = {}
+        if self.path.is_dir():
+            self.kind = "folder"
+            files = sorted(p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file())
+            if "dataset.json" in files:
+                labels = json.loads((self.path / "dataset.json").read_text()).get("labels") or {}
+        elif zipfile.is_zipfile(self.path):
+            self.kind = "zip"
+            files = sorted(name for name in self._zip().namelist() if not name.endswith("/"))
+            if "dataset.json" in files:
+                labels = json.loads(self._zip().read("dataset.json")).get("labels") or {}
+        else:
+            known = "a folder, a .zip, cifar10, cifar10:test, dead-leaves or dead-leaves:full"
+            state = "is neither a folder nor a .zip" if self.path.exists() else "does not exist"
+            raise InputError(f"--data {self.spec}: {state}; it takes {known}")
+        hidden = ("__MACOSX", ".")
+        self.names = [
+            f for f in files if Path(f).suffix.lower() in EXTENSIONS and not any(p.startswith(hidden) for p in f.split("/"))
+        ]
+        if not self.names:
+            raise InputError(f"--data {self.spec}: no image in it ({len(files)} files; {' '.join(sorted(EXTENSIONS))})")
+        if labels:
+            labels = dict(labels)
+            missing = [name for name in self.names if name not in labels]
+            if missing:
+                raise InputError(f"--data {self.spec}: dataset.json has no label for {missing[0]} and {len(missing) - 1} more")
+            self.labels = [int(labels[name]) for name in self.names]
+            self.classes = [str(c) for c in range(max(self.labels) + 1)]
+            return
+        parts = [name.split("/")[:-1] for name in self.names]
+        common = len(os.path.commonprefix(parts))  # of lists: the folders that all images share
+        tops = [p[common] if len(p) > common else None for p in parts]
+        if None not in tops:  # with images at the top as well, folders are no classes
+            self.classes = sorted(set(tops))
+            index = {name: i for i, name in enumerate(self.classes)}
+            self.labels = [index[top] for top in tops]
+
+    def thin(self, count):
+        """Keep at most `count` images, spread evenly."""
+        kept = range(0, len(self.names), math.ceil(len(self.names) / count))
+        self.names = [self.names[i] for i in kept]
+        if self.labels:
+            self.labels = [self.labels[i] for i in kept]
+
+    def _zip(self):  # one handle a process: they share no file position
+        if os.getpid() not in self._zips:
+            self._zips[os.getpid()] = zipfile.ZipFile(self.path)
+        return self._zips[os.getpid()]
+
+    def __getstate__(self):
+        return self.__dict__ | {"_zips": {}}
+
+    def __len__(self):
+        return len(self.names)
+
+    def open(self, i):
+        """Image i as it is stored (Pillow). Raises what Pillow raises where it cannot be read."""
+        if self.kind == "dead-leaves":
+            return Image.fromarray(dead_leaves(self.names[i], self.size, full=self.option == "full"))
+        if self.kind == "cifar10":
+            return Image.fromarray(self.pixels[self.names[i]])
+        if self.kind == "zip":
+            return Image.open(io.BytesIO(self._zip().read(self.names[i])))
+        return Image.open(self.path / self.names[i])
+
+    def read(self, i):
+        """Image i as (3, size, size) uint8, or None, its name printed, where it is unreadable or truncated."""
+        try:
+            with self.open(i) as image:
+                return torch.from_numpy(np.array(center_crop(to_rgb(image), self.size))).permute(2, 0, 1)
+        except (OSError, ValueError, SyntaxError, EOFError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
+            if i not in self._unreadable:
+                tqdm.write(f"skipped, unreadable: {self.spec}/{self.names[i]} ({error})", file=sys.stderr)
+            self._unreadable.add(i)
+            return None
+
+    def check_unreadable(self, count):
+        """Raise InputError where more than 1% of the images are unreadable."""
+        if count > MAX_UNREADABLE * len(self):
+            raise InputError(f"--data {self.spec}: {count} of {len(self)} images are unreadable, more than 1%")
+
+    def __getitem__(self, i):
+        """Image i, or the next readable one in its place."""
+        for j in range(i, i + len(self)):
+            image = self.read(j % len(self))
+            if image is not None:
+                return image
+            self.check_unreadable(len(self._unreadable))
+        raise InputError(f"--data {self.spec}: no image can be read")
+
+
+# ---- noise paths and predictions --------------------------------------------------------------------------
+
+
+class VP:
+    """Variance-preserving path x_t = alpha x0 + sigma e, alpha^2 + sigma^2 = 1, t in [0, 1], with SNR scaling:
+    SNR'(t) = c SNR(t) exactly, abar' = c abar / (1 + (c - 1) abar) (DCTdiff, section 4.4). v = alpha e - sigma x0.
+    """
+
+    BETA0, BETA1 = 0.1, 20.0  # beta(t) = BETA0 + (BETA1 - BETA0) t
+    T_END = 1e-3  # training and sampling stop here, where the SNR is about 10^4
+
+    def __init__(self, c=1.0):
+        self.c = c
+
+    def log_abar(self, t):
+        return -(self.BETA0 * t + (self.BETA1 - self.BETA0) * t**2 / 2)  # without scaling
+
+    def alpha_sigma(self, t):
+        log_abar = self.log_abar(t)
+        scale = 1 + (self.c - 1) * log_abar.exp()
+        return (self.c * log_abar.exp() / scale).sqrt(), (-torch.expm1(log_abar) / scale).sqrt()
+
+    def log_snr_half(self, t):
+        """lambda(t) = log(alpha / sigma)"""
+        log_abar = self.log_abar(t)
+        return 0.5 * (math.log(self.c) + log_abar - torch.log(-torch.expm1(log_abar)))
+
+    def t_of_lambda(self, lam):
+        """Exact inverse of `log_snr_half`."""
+        need = F.softplus(math.log(self.c) - 2 * lam)  # -log abar
+        return 2 * need / (self.BETA0 + (self.BETA0**2 + 2 * (self.BETA1 - self.BETA0) * need).sqrt())
+
+    def beta(self, t):
+        """-d log abar' / dt: the drift is -beta x / 2, the squared diffusion beta."""
+        return (self.BETA0 + (self.BETA1 - self.BETA0) * t) / (1 + (self.c - 1) * self.log_abar(t).exp())
+
+    def velocity(self, alpha, sigma):
+        return -sigma, alpha  # coefficients of x0 and e in v
+
+
+class Flow:
+    """Linear path x_t = (1 - t) x0 + t e with v = e - x0 (SiT, arXiv 2401.08740)."""
+
+    T_END = 0.0
+
+    def alpha_sigma(self, t):
+        return 1 - t, t
+
+    def velocity(self, alpha, sigma):
+        return -torch.ones_like(sigma), torch.ones_like(alpha)
+
+
+PREDICTIONS = ("eps", "v", "x0")
+FLOOR = 1e-2, 1e-4  # least alpha and sigma divided by: eps at t = 1 of the flow, x0 at its t = 0
+
+
+def like(t, x):
+    """(N,) -> (N, 1, ..., 1) to multiply x (N, ...)."""
+    return t.view(-1, *[1] * (x.ndim - 1))
+
+
+def target(path, predict, x0, eps, t):
+    """What the network has to predict at t (N,), shaped like x0."""
+    a, b = path.velocity(*path.alpha_sigma(like(t, x0)))
+    return {"eps": eps, "x0": x0, "v": a * x0 + b * eps}[predict]
+
+
+def x0_and_eps(path, predict, x, t, output):
+    """The two sides of x_t = alpha x0 + sigma e that a network's output at t (N,) stands for."""
+    alpha, sigma = path.alpha_sigma(like(t, x))
+    if predict == "eps":
+        return (x - sigma * output) / alpha.clamp_min(FLOOR[0]), output
+    if predict == "x0":
+        return output, (x - alpha * output) / sigma.clamp_min(FLOOR[1])
+    a, b = path.velocity(alpha, sigma)  # alpha b - sigma a = 1 on both paths
+    return b * x - sigma * output, alpha * output - a * x
+
+
+# ---- samplers ---------------------------------------------------------------------------------------------
+# Each takes denoise(x, t) -> (x0, eps) with t (N,), the path, x at t = 1, the number of steps and noise(), fresh
+# normal noise shaped like x, and returns x at t = 0 (of the flow) or 1e-3 (of vp).
+
+
+def _grid(path, steps, x):
+    return torch.linspace(1, path.T_END, steps + 1, dtype=torch.float64, device=x.device).float()
+
+
+def _full(t, x):
+    return t.expand(len(x))
+
+
+def ddim(denoise, path, x, steps, noise, eta=0.0):
+    """DDIM (arXiv 2010.02502, equation 12); eta = 1 is the ancestral sampler of DDPM (2006.11239)."""
+    times = _grid(path, steps, x)
+    for t, s in zip(times, times[1:]):
+        x0, eps = denoise(x, _full(t, x))
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = path.alpha_sigma(t), path.alpha_sigma(s)
+        std = eta * sigma_s / sigma_t * (1 - (alpha_t / alpha_s) ** 2).sqrt()
+        x = alpha_s * x0 + (sigma_s**2 - std**2).sqrt() * eps
+        if eta:
+            x = x + std * noise()
+    return x
+
+
+def euler_vp(denoise, path, x, steps, noise, stochastic=False):
+    """Euler steps of the probability-flow ODE, or Euler-Maruyama of the reverse SDE (arXiv 2011.13456)."""
+    times = _grid(path, steps, x)
+    for t, s in zip(times, times[1:]):
+        _, eps = denoise(x, _full(t, x))
+        score, beta, h = -eps / path.alpha_sigma(t)[1], path.beta(t), t - s
+        x = x + h * beta * (x / 2 + score * (1 if stochastic else 0.5))
+        if stochastic:
+            x = x + (beta * h).sqrt() * noise()
+    return x
+
+
+def dpm_plus_plus(denoise, path, x, steps, noise):
+    """DPM-Solver++(2M), data prediction, second order, multistep (arXiv 2211.01095, algorithm 2), in equal steps
+    of lambda between the path's ends."""
+    ends = path.log_snr_half(torch.tensor([1.0, path.T_END], dtype=torch.float64, device=x.device))
+    lam = torch.lerp(ends[0], ends[1], torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=x.device))
+    times, previous = path.t_of_lambda(lam), None
+    alpha, sigma = path.alpha_sigma(times)
+    for i in range(steps):
+        x0, _ = denoise(x, _full(times[i].float(), x))
+        h = lam[i + 1] - lam[i]
+        data = x0 if previous is None else x0 + (x0 - previous) * (h / (lam[i] - lam[i - 1]) / 2).float()
+        x = (sigma[i + 1] / sigma[i]).float() * x - (alpha[i + 1] * torch.expm1(-h)).float() * data
+        previous = x0
+    return x
+
+
+def euler_flow(denoise, path, x, steps, noise):
+    """Euler steps of dx/dt = v = eps - x0."""
+    times = _grid(path, steps, x)
+    for t, s in zip(times, times[1:]):
+        x0, eps = denoise(x, _full(t, x))
+        x = x + (s - t) * (eps - x0)
+    return x
+
+
+def heun(denoise, path, x, steps, noise):
+    """Heun's second-order steps, the last one Euler's, as in EDM (arXiv 2206.00364, algorithm 1)."""
+    times = _grid(path, steps, x)
+    for t, s in zip(times, times[1:]):
+        x0, eps = denoise(x, _full(t, x))
+        slope = eps - x0
+        if s > 0:
+            x0, eps = denoise(x + (s - t) * slope, _full(s, x))
+            slope = (slope + eps - x0) / 2
+        x = x + (s - t) * slope
+    return x
+
+
+def flow_sde(denoise, path, x, steps, noise):
+    """Euler-Maruyama of SiT's reverse SDE with diffusion w = 2t; the last step, from t = 0.04, without noise."""
+    times = F.pad(torch.linspace(1, 0.04, steps, dtype=torch.float64, device=x.device), (0, 1)).float()
+    for t, s in zip(times, times[1:]):
+        x0, eps = denoise(x, _full(t, x))
+        x = x + (s - t) * (eps - x0 + eps)  # v - w score / 2, the score being -eps / t
+        if s > 0:
+            x = x + (2 * t * (t - s)).sqrt() * noise()
+    return x
+
+
+SAMPLERS = {  # by path, the default first
+    "vp": {
+        "dpm++": dpm_plus_plus,
+        "ddim": ddim,
+        "ddpm": functools.partial(ddim, eta=1.0),
+        "euler-ode": euler_vp,
+        "euler-sde": functools.partial(euler_vp, stochastic=True),
+    },
+    "flow": {"euler": euler_flow, "heun": heun, "sde": flow_sde},
+}
+
+
+# ---- the model and its checkpoint -------------------------------------------------------------------------
+
+
+def parse_model(name):
+    """'uvit-s', 'dit-b/2', ... -> (class, its size arguments, patch size or None). Raises InputError."""
+    base, slash, patch = name.lower().partition("/")
+    kind, _, size = base.partition("-")
+    table = {"uvit": (UViT, UVIT_SIZES), "dit": (DiT, DIT_SIZES)}.get(kind, (None, {}))
+    if size not in table[1] or (slash and not (patch.isdigit() and int(patch) > 0)):
+        names = [f"uvit-{s}" for s in UVIT_SIZES] + [f"dit-{s}" for s in DIT_SIZES]
+        raise InputError(f"--model {name}: unknown; it takes {', '.join(names)}, with /PATCH in pixel space (dit-b/2)")
+    return table[0], table[1][size], int(patch) if slash else None
+
+
+def build_network(config):
+    """The network of a config (see `Diffusion`). Raises InputError where its parts do not fit together."""
+    network, kwargs, patch = parse_model(config["model"])
+    kwargs, classes = dict(kwargs), len(config["classes"] or ())
+    if network is DiT:
+        kwargs |= dict(num_classes=classes, learn_sigma=False, class_dropout_prob=config["label_dropout"])
+    else:
+        kwargs |= dict(num_classes=classes + 1 if classes else -1)  # U-ViT counts the null class
+    if config["space"] == "dct":
+        if patch:
+            raise InputError(f"--model {config['model']}: in DCT space a token is one 2B x 2B area; leave /{patch} out")
+        codec = make_codec(config)
+        kwargs |= dict(num_tokens=codec.num_tokens, token_dim=codec.token_dim)
+    else:
+        patch, names = patch or max(1, config["size"] // 16), ("img_size", "in_chans")
+        names = ("input_size", "in_channels") if network is DiT else names
+        kwargs |= {names[0]: config["size"], names[1]: 3, "patch_size": patch}
+    try:
+        return network(**kwargs)
+    except ValueError as error:
+        raise InputError(f"--model {config['model']} at --size {config['size']}: {error}") from error
+
+
+def make_codec(config):
+    try:
+        return DCTCodec(config["size"], config["block"], config["keep"], config["eta"])
+    except ValueError as error:
+        raise InputError(f"--size {config['size']} --block {config['block']} --keep {config['keep']}: {error}") from error
+
+
+class Diffusion:
+    """A network with its path, prediction and space: images in, images out.
+
+    config, plain values: space ("pixel" or "dct"), size, model, path ("vp" or "flow"), snr_scale, predict,
+    classes (names, or None), label_dropout; in DCT space also block, keep, eta.
+    """
+
+    def __init__(self, config, network=None):
+        self.config, self.predict, self.classes = config, config["predict"], config["classes"]
+        self.path = VP(config["snr_scale"]) if config["path"] == "vp" else Flow()
+        self.codec = make_codec(config) if config["space"] == "dct" else None
+        self.network = network or build_network(config)
+        # As published: DiT and U-ViT are called with 999 t, SiT, which is DiT on the flow path, with t in 0..1.
+        self.time_scale = 1.0 if config["path"] == "flow" and isinstance(self.network, DiT) else 999.0
+        size = config["size"]
+        self.shape = (self.codec.num_tokens, self.codec.token_dim) if self.codec else (3, size, size)
+
+    def encode(self, images):
+        """(N, 3, S, S) in [-1, 1] -> what the network works on, (N, *shape)."""
+        return self.codec.encode(images) if self.codec else images
+
+    def decode(self, x):
+        """(N, *shape) -> images (N, 3, S, S) in [-1, 1]."""
+        return self.codec.decode(x) if self.codec else x.clamp(-1, 1)
+
+    def output(self, network, x, t, y=None, drop=None):
+        return network(x, t * self.time_scale, y, drop)
+
+    def denoiser(self, y=None, guidance=1.0, interval=(0.0, 1.0)):
+        """denoise(x, t) -> (x0, eps) for the samplers. Classifier-free guidance (arXiv 2207.12598) within an interval
+        of t (2404.07724): null + guidance (class - null); 1 is the class alone, 0 the null class alone."""
+
+        def denoise(x, t):
+            scale = guidance if y is not None and interval[0] <= t[0] <= interval[1] else 1.0
+            if scale == 1.0:
+                out = self.output(self.network, x, t, y)
+            else:
+                drop = torch.arange(2 * len(x), device=x.device) >= len(x)
+                out = self.output(self.network, torch.cat((x, x)), torch.cat((t, t)), torch.cat((y, y)), drop)
+                out, null = out.float().chunk(2)
+                out = null + scale * (out - null)
+            return x0_and_eps(self.path, self.predict, x, t, out.float())
+
+        return denoise
+
+
+def read_checkpoint(path):
+    """The dict in a run folder's checkpoint.pt, or in a checkpoint file. Raises InputError; runs no code."""
+    path = Path(path)
+    file = path / "checkpoint.pt" if path.is_dir() else path
+    if not file.exists():
+        if not path.exists():
+            raise InputError(f"{path}: no such run folder or checkpoint")
+        partial = " (checkpoint.pt.tmp is being written, or its writing was cut off)" if Path(f"{file}.tmp").exists() else ""
+        raise InputError(f"{path}: no checkpoint.pt in it yet{partial}; training writes one at --save-every and at its end")
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{file}: refused, it holds more than tensors and plain values, or is no checkpoint") from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise InputError(f"{file}: cannot be read as a checkpoint ({str(error).splitlines()[0]})") from error
+    missing = {"config", "model", "ema", "step"} - set(checkpoint if isinstance(checkpoint, dict) else ())
+    if missing:
+        raise InputError(f"{file}: no checkpoint of train_diffusion.py, it lacks {', '.join(sorted(missing))}")
+    return checkpoint
+
+
+def load_weights(network, state, source):
+    """Strict load, the prefixes that DDP and torch.compile leave stripped. Raises InputError on another architecture."""
+    state = {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in state.items()}
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        lines = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
+        raise InputError(f"{source}: weights of another architecture than {type(network).__name__} here: {lines[:300]}") from error
+
+
+# ---- sampling ---------------------------------------------------------------------------------------------
+
+
+def generator(*numbers, device="cpu"):
+    """A torch generator seeded by several integers, all of which count."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator(device).manual_seed(seed)
+
+
+@torch.no_grad()
+def generate(diffusion, indices, seed, device, y=None, sampler=None, steps=50, guidance=1.0, interval=(0.0, 1.0), trace=None):
+    """Images number `indices` of a seed -> (n, 3, S, S) in [-1, 1]. The noise of each comes from (seed, its index).
+
+    y (n,) classes on `device`, or None. trace(t, images): called with the prediction of x0 at every evaluation.
+    """
+    generators = [generator(seed, int(i)) for i in indices]
+
+    def noise():
+        return torch.stack([torch.randn(diffusion.shape, generator=g) for g in generators]).to(device)
+
+    denoise = diffusion.denoiser(y, guidance, interval)
+
+    def traced(x, t):
+        x0, eps = denoise(x, t)
+        trace(t[0].item(), diffusion.decode(x0))
+        return x0, eps
+
+    samplers = SAMPLERS[diffusion.config["path"]]
+    run = samplers[sampler or next(iter(samplers))]
+    return diffusion.decode(run(traced if trace else denoise, diffusion.path, noise(), steps, noise))
+
+
+def to_uint8(images):
+    """[-1, 1] -> 0..255 uint8, rounded."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def save_grid(images, file, columns):
+    """Write images (N, 3, S, S) in [-1, 1] as one PNG."""
+    from torchvision.utils import save_image
+
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_image(images.float().cpu(), file, nrow=columns, padding=2, normalize=True, value_range=(-1, 1))
+    return file
+
+
+def write_atomically(file, write):
+    """write(binary file) beside `file`, then rename: what was there stays until the new one is whole."""
+    partial = Path(f"{file}.tmp")
+    with partial.open("wb") as handle:
+        write(handle)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(partial, file)
+
+
+def choose_device(name):
+    """`--device auto|cpu|cuda` -> torch.device, of LOCAL_RANK under torchrun."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError("--device cuda: this torch sees no GPU; --device cpu works everywhere")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(name)
+
+
+def parse_classes(chosen, classes):
+    """`--classes` names or numbers -> indices; image i takes entry i modulo their count. None: all, in turn."""
+    if classes is None:
+        if chosen:
+            raise InputError(f"--classes {' '.join(chosen)}: this model was trained without classes")
+        return None
+    indices = []
+    for name in chosen or classes:
+        index = classes.index(name) if name in classes else int(name) if name.isdigit() else -1
+        if not 0 <= index < len(classes):
+            names = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
+            raise InputError(f"--classes {name}: not one of the {len(classes)} classes 0..{len(classes) - 1} ({names})")
+        indices.append(index)
+    return indices
+
+
+def sample_files(diffusion, protocol, args, folder, device, rank, world):
+    """Write images 0..n-1 as folder/000000.png ..., this process's share of those not there yet."""
+    record = folder / "protocol.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    if record.exists():
+        there = json.loads(record.read_text())
+        changed = [f"{k} {there.get(k)} there, {v} now" for k, v in protocol.items() if there.get(k) != v]
+        if changed:
+            raise InputError(f"--out {folder} holds images made otherwise ({'; '.join(changed)}); name another folder")
+    elif rank == 0:
+        write_atomically(record, lambda f: f.write(json.dumps(protocol, indent=1).encode()))
+    files = [folder / f"{i:06d}.png" for i in range(args.n)]
+    todo = [i for i in range(rank, args.n, world) if not files[i].exists()]
+    labels = protocol["classes"]
+    with tqdm(total=args.n, initial=args.n - world * len(todo), unit="img", desc="sample", disable=rank > 0) as bar:
+        for k in range(0, len(todo), args.batch):
+            indices = todo[k : k + args.batch]
+            y = torch.tensor([labels[i % len(labels)] for i in indices], device=device) if labels else None
+            images = generate(diffusion, indices, args.seed, device, y, protocol["sampler"], protocol["steps"],
+                              protocol["guidance"], protocol["guidance_interval"])  # fmt: skip
+            for i, pixels in zip(indices, to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()):
+                write_atomically(files[i], functools.partial(Image.fromarray(pixels).save, format="PNG"))
+            bar.update(len(indices) * world)
+    while rank == 0 and not all(file.exists() for file in files):  # the other processes' share; no collective
+        time.sleep(0.2)
+    return files
+
+
+# ---- scores -----------------------------------------------------------------------------------------------
+
+
+def frechet_distance(samples, reference, features, weights, device, batch):
+    """Frechet distance between two data sets of (3, S, S) uint8 images, through torch-fidelity (`--features`)."""
+    from torch_fidelity import FeatureExtractorBase, calculate_metrics  # seconds to import: not for every command
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+
+    class EncoderFeatures(FeatureExtractorBase):
+        def __init__(self, name, features_list, **kwargs):
+            super().__init__(name, features_list)
+            self.encoder = load_encoder(features, device)
+
+        @staticmethod
+        def get_provided_features_list():
+            return ("summary",)
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric):
+            return "summary"
+
+        def forward(self, images):
+            return (self.encoder(images.float() / 127.5 - 1)[1],)
+
+    if weights and not Path(weights).is_file():
+        raise InputError(f"--features-weights {weights}: no such file")
+    FEATURE_EXTRACTORS_REGISTRY["encoder"] = EncoderFeatures
+    try:
+        metrics = calculate_metrics(
+            input1=samples, input2=reference, fid=True, cuda=device.type == "cuda", batch_size=batch, cache=False,
+            feature_extractor=None if features == "inception" else "encoder", feature_extractor_weights_path=weights,
+        )  # fmt: skip
+    except (URLError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        hint = "; or use --features inception"
+        if features == "inception":
+            hint = (
+                f". Without --features-weights, torch-fidelity downloads {URL_INCEPTION_V3} to "
+                f"{torch.hub.get_dir()}/checkpoints; fetch that file yourself and pass --features-weights FILE"
+            )
+        raise InputError(f"--features {features}: {error}{hint}") from error
+    return metrics["frechet_inception_distance"]
+
+
+def score(files, protocol, args, device, size):
+    """Frechet distance of PNG files to `--score` data through the training crop, printed and saved with its protocol."""
+    samples, reference = Images(str(files[0].parent), size), Images(args.score, size)
+    for i, (data, name) in enumerate(((samples, f"--out {files[0].parent}"), (reference, f"--score {args.score}"))):
+        with data.open(0) as image:
+            if min(image.size) < size or (i == 0 and image.size != (size, size)):
+                raise InputError(
+                    f"{name}: images of {image.width}x{image.height} pixels against a model of {size}: a score across "
+                    "sizes compares nothing; give a reference at least as large"
+                )
+    counts = len(files), len(reference)
+    value = frechet_distance(Subset(samples, range(len(files))), reference, args.features, args.features_weights, device, args.batch)
+    result = {"frechet_distance": value, "features": args.features, "images": counts[0], "reference": args.score,
+              "reference_images": counts[1], "crop": f"centre, box halving, bicubic to {size}", "format": "PNG", **protocol}  # fmt: skip
+    for key, entry in result.items():
+        print(f"  {key:18} {entry}")
+    if min(counts) < 10_000:
+        print(f"  note: {min(counts)} images; below 10,000 a Frechet distance is biased upwards, compare at equal counts only")
+    with (files[0].parent.parent / "scores.jsonl").open("a") as log:
+        log.write(json.dumps({"folder": files[0].parent.name, **result}) + "\n")
+    return value
+
+
+# ---- trajectory -------------------------------------------------------------------------------------------
+
+
+def trajectory(diffusion, protocol, args, stem, device, columns=10, rows=8):
+    """Write the x0 predictions along one sampling run as a strip, and print the share of every radial band recovered
+    so far (its power in the prediction over its power at the end): low frequencies come first (DCTdiff, section 3).
+    Beside it, the t where the forward process drowns the band: its SNR falls below 1.
+    """
+    labels, seen = protocol["classes"], []
+    y = torch.tensor([labels[i % len(labels)] for i in range(rows)], device=device) if labels else None
+    final = generate(diffusion, range(rows), args.seed, device, y, protocol["sampler"], protocol["steps"],
+                     protocol["guidance"], protocol["guidance_interval"], lambda t, x: seen.append((t, x)))  # fmt: skip
+    shown = [seen[round(k)] for k in np.linspace(0, len(seen) - 1, min(columns, len(seen)))]
+    strip = torch.stack([images for _, images in shown] + [final], 1).flatten(0, 1)
+    print(f"x0 predictions, noise on the left: {save_grid(strip, f'{stem}-trajectory.png', len(shown) + 1)}")
+    power = psd(final).mean(0)  # (bands,)
+    shares = torch.stack([psd(images).mean(0) / power for _, images in shown], 1).cpu()  # (bands, columns)
+    noise = 1.0 if diffusion.codec is None else diffusion.codec.eta / 127.5  # its std per coefficient, as pixels in [-1, 1]
+    t = torch.linspace(1e-3, 1, 1000, dtype=torch.float64)
+    alpha, sigma = diffusion.path.alpha_sigma(t)
+    drowned = [t[((alpha / sigma) ** 2 * p / noise**2 < 1).nonzero()[0, 0]].item() for p in power.tolist()]
+    print("share of a band's final power in the x0 prediction, at t =")
+    print("band  SNR<1 at " + "".join(f"{t:6.2f}" for t, _ in shown))
+    for band, row in enumerate(shares.tolist()):
+        print(f"{band:4d}  {drowned[band]:8.2f} " + "".join(f"{share:6.2f}" for share in row))
+    table = {"t": [t for t, _ in shown], "share": shares.tolist(), "snr_below_1_at": drowned, **protocol}
+    Path(f"{stem}-trajectory.json").write_text(json.dumps(table))
+
+
+# ---- command line -----------------------------------------------------------------------------------------
+
+
+def run_program(main, args):
+    """main(args), a user's mistake as one line and exit code 2."""
+    try:
+        main(args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def main(args):
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    for flag, value in (("--n", args.n), ("--batch", args.batch), ("--steps", args.steps)):
+        if value < 1:
+            raise InputError(f"{flag} {value}: must be at least 1")
+    device = choose_device(args.device)
+    checkpoint = read_checkpoint(args.run)
+    config = checkpoint["config"]
+    samplers = SAMPLERS[config["path"]]
+    sampler = args.sampler or next(iter(samplers))
+    if sampler not in samplers:
+        raise InputError(f"--sampler {sampler}: not for the {config['path']} path of this model; it takes {', '.join(samplers)}")
+    if config["classes"] is None and args.guidance != 1:
+        raise InputError(f"--guidance {args.guidance}: this model was trained without classes, nothing can guide it")
+    if args.guidance != 1 and not config["label_dropout"]:
+        raise InputError(f"--guidance {args.guidance}: this model was trained with --label-dropout 0 and knows no null class")
+    diffusion = Diffusion(config)
+    load_weights(diffusion.network, checkpoint["model" if args.no_ema else "ema"], args.run)
+    diffusion.network.to(device).eval()
+
+    protocol = {"checkpoint_step": checkpoint["step"], "ema": not args.no_ema, "sampler": sampler, "steps": args.steps,
+                "guidance": args.guidance, "guidance_interval": list(args.guidance_interval), "seed": args.seed,
+                "classes": parse_classes(args.classes, config["classes"])}  # fmt: skip
+    name = f"step{checkpoint['step']}-{sampler}{args.steps}-g{args.guidance:g}-seed{args.seed}"
+    if args.guidance_interval != [0, 1]:
+        name += "-t{:g}-{:g}".format(*args.guidance_interval)
+    name += f"-classes{'-'.join(map(str, protocol['classes']))[:40]}" * bool(args.classes) + "-no-ema" * args.no_ema
+    run = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
+    folder = Path(args.out) if args.out else run / "samples" / name
+    if args.trajectory:
+        if rank == 0:
+            trajectory(diffusion, protocol, args, folder, device)
+        return
+    files = sample_files(diffusion, protocol, args, folder, device, rank, world)
+    if rank > 0:
+        return
+    print(f"{args.n} images in {folder}")
+    shown = files[:64] if args.grid is None else files
+    pixels = np.stack([np.asarray(Image.open(file)) for file in (files if args.npz else shown)])  # (n, S, S, 3)
+    grid = torch.from_numpy(pixels[: len(shown)]).permute(0, 3, 1, 2) / 127.5 - 1
+    print(f"grid {save_grid(grid, args.grid or f'{folder}.png', math.ceil(math.sqrt(len(shown))))}")
+    if args.npz:
+        write_atomically(args.npz, lambda f: np.savez(f, pixels))
+        print(f"{pixels.shape} uint8 in {args.npz}")
+    if args.score:
+        score(files, protocol, args, device, config["size"])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description="Sample, look at and score a trained model.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("run", metavar="RUN_OR_CKPT", help="run folder of train_diffusion.py, or a checkpoint file")
+    parser.add_argument("--n", type=int, default=64, help="images")
+    parser.add_argument("--out", help="folder of the PNG files (default: RUN/samples/, named after the settings)")
+    parser.add_argument("--npz", help="also write them as one uint8 array (n, S, S, 3), the ADM evaluation format")
+    parser.add_argument("--grid", help="file of the grid, all n in it (default: beside --out, the first 64)")
+    parser.add_argument("--batch", type=int, default=64, help="images at a time, in each process")
+    parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone")
+    parser.add_argument("--sampler", help="vp: dpm++ ddim ddpm euler-ode euler-sde; flow: euler heun sde (default: the first)")
+    parser.add_argument("--steps", type=int, default=50, help="sampler steps")
+    parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 is none")
+    parser.add_argument("--guidance-interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("A", "B"), help="t guided")
+    parser.add_argument("--classes", nargs="+", help="names or numbers, dealt in turn (default: all)")
+    parser.add_argument("--no-ema", action="store_true", help="sample the raw weights instead of their average")
+    parser.add_argument("--score", metavar="SPEC", help="Frechet distance to this data (as --data of train_diffusion.py)")
+    parser.add_argument("--features", default="inception", help="inception, or a torch.hub encoder REPO:ENTRY")
+    parser.add_argument("--features-weights", metavar="FILE", help="local Inception weights (default: downloaded)")
+    parser.add_argument("--trajectory", action="store_true", help="only show one sampling run, band by band")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to run")
+    run_program(main, parser.parse_args())

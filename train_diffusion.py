@@ -1,0 +1,712 @@
+"""Train a diffusion model on block-DCT tokens (DCTdiff, arXiv 2412.15032) or on pixels.
+
+    python train_diffusion.py                                    # built-in images, five minutes on a laptop
+    python train_diffusion.py --data photos/ --size 64           # a folder or .zip of images
+    torchrun --nproc_per_node=8 train_diffusion.py --data photos.zip --size 256 --model uvit-m
+
+The same command again resumes. The method is in `diffusion_loss`, the tokens in dct.py, the samplers in sample.py.
+What is random in a step follows from (seed, step) and what data it sees from (seed, images seen), whatever the
+number of processes: that is all the state a resumed run needs.
+"""
+
+import argparse
+import contextlib
+import datetime
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from dct import DCTStatistics, ebfr_weights, psnr_per_keep
+from sample import (Diffusion, Images, InputError, choose_device, generate, generator, like, load_weights, make_codec,
+                    parse_model, read_checkpoint, run_program, save_grid, target, write_atomically)  # fmt: skip
+from spectral_losses import psd
+
+# ---- set-up: processes, data order ------------------------------------------------------------------------
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)  # rank 0 evaluates alone, decoding is uneven
+
+
+class Processes:
+    """This process among those of torchrun (NCCL on GPUs, Gloo on CPU), or alone."""
+
+    def __init__(self, device_name):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.local_world, self.device = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), choose_device(device_name)
+        self.main = self.rank == 0
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+
+    def sum(self, tensor):
+        """In-place sum over processes."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self):
+        if self.world > 1:
+            self.sum(torch.zeros(1, device=self.device))
+
+    def wrap(self, network):
+        if self.world == 1:
+            return network
+        return DistributedDataParallel(network, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def print(self, *words):
+        if self.main:
+            tqdm.write(" ".join(map(str, words)))
+
+
+class DataOrder:
+    """Which images a step sees: epochs, each a permutation drawn from (seed, epoch), cut into batches end to end."""
+
+    def __init__(self, count, batch, seed):
+        self.count, self.batch, self.seed, self.epoch = count, batch, seed, None
+
+    def __call__(self, step):
+        """-> (batch,) long"""
+        parts, position, end = [], step * self.batch, (step + 1) * self.batch
+        while position < end:
+            epoch, offset = divmod(position, self.count)
+            if epoch != self.epoch:
+                self.epoch, self.order = epoch, torch.randperm(self.count, generator=generator(self.seed, epoch, 0))
+            parts.append(self.order[offset : offset + end - position])
+            position += len(parts[-1])
+        return torch.cat(parts)
+
+
+# ---- data: decoded once, or on the fly --------------------------------------------------------------------
+
+MEMORY_LIMIT, SMALL = 2**31, 2**26  # bytes one process alone, or each of several, holds in memory
+DISK_SHARE = 0.8  # of the free disk, for a file
+
+
+class Readable(Dataset):
+    """Items (index, image or zeros, was it readable)."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        image = self.images.read(i)
+        return i, torch.zeros(3, self.images.size, self.images.size, dtype=torch.uint8) if image is None else image, image is not None
+
+
+class Store:
+    """The training images as uint8, decoded once to memory or to a memory-mapped file, or anew at every use.
+
+    Attributes: count (readable images), labels (count,) long or None, how (which of the three, and why).
+    """
+
+    def __init__(self, images, folder, processes, workers):
+        self.images, self.workers, size = images, workers, images.size
+        need, free_disk = len(images) * 3 * size * size, shutil.disk_usage(folder).free
+        self.file, self.data = Path(folder) / f"images-{size}.u8", None
+        named = f"{len(images)} images of {size} px, {need / 2**20:,.0f} MiB"
+        indices = np.arange(len(images))
+        limit = MEMORY_LIMIT if processes.world == 1 else SMALL
+        if need <= limit:
+            self.how = f"{named}: decoded once, to memory (at most {limit / 2**20:,.0f} MiB)"
+            self.data = np.empty((len(images), 3, size, size), np.uint8)
+            readable = self._decode(indices, processes)
+        elif need <= DISK_SHARE * free_disk or self.file.exists():
+            why = "shared by the processes" if processes.world > 1 else "too large for memory"
+            self.how = f"{named}: decoded once, to {self.file} ({why})"
+            readable = self._map(indices, processes)
+        else:
+            self.how = f"{named}: decoded on the fly by {workers} workers (more than memory and {DISK_SHARE:.0%} of the free disk hold)"
+            readable = np.ones(len(images), bool)
+        images.check_unreadable(int((~readable).sum()))
+        self.indices = indices[readable]
+        self.count = len(self.indices)
+        self.labels = None if images.labels is None else torch.tensor(images.labels)[torch.from_numpy(self.indices)]
+
+    def _decode(self, indices, processes):
+        """Fill self.data at these indices -> which of all images are readable (those of others count as such)."""
+        loader = DataLoader(Subset(Readable(self.images), indices), 64, num_workers=self.workers if len(indices) > 512 else 0)
+        readable = np.ones(len(self.images), bool)
+        with tqdm(total=len(indices), unit="img", desc="decode", disable=not processes.main, leave=False) as bar:
+            for where, pixels, good in loader:
+                self.data[where.numpy()] = pixels.numpy()
+                readable[where.numpy()] = good.numpy()
+                bar.update(len(where))
+        return readable
+
+    def _map(self, indices, processes):
+        record = self.file.with_suffix(".json")
+        made_of = {"data": self.images.spec, "count": len(indices), "first": str(self.images.names[0]), "last": str(self.images.names[-1])}
+        shape = (len(indices), 3, self.images.size, self.images.size)
+        there = json.loads(record.read_text()) if record.exists() else None
+        if there is None or there["made_of"] != made_of:
+            partial = self.file.with_suffix(".part")
+            if processes.main:
+                np.memmap(partial, np.uint8, "w+", shape=shape).flush()
+            processes.barrier()
+            self.data = np.memmap(partial, np.uint8, "r+", shape=shape)
+            bad = torch.from_numpy(~self._decode(indices[processes.rank :: processes.world], processes)).int()
+            self.data.flush()
+            bad = processes.sum(bad.to(processes.device)).cpu()  # also waits for every process
+            if processes.main:
+                os.replace(partial, self.file)
+                unreadable = bad.nonzero().flatten().tolist()
+                write_atomically(record, lambda f: f.write(json.dumps({"made_of": made_of, "unreadable": unreadable}).encode()))
+            processes.barrier()
+            there = json.loads(record.read_text())
+        self.data = np.memmap(self.file, np.uint8, "r", shape=shape)
+        readable = np.ones(len(indices), bool)
+        readable[there["unreadable"]] = False
+        return readable
+
+    def __getitem__(self, indices):
+        """Images number `indices` (n,) of the readable ones -> (n, 3, S, S) uint8."""
+        where = self.indices[np.asarray(indices)]
+        return torch.stack([self.images[i] for i in where]) if self.data is None else torch.from_numpy(self.data[where])
+
+    def batches(self, order, steps, share):
+        """This process's `share` (a slice) of each step's images, (n, 3, S, S) uint8, for the steps of a range."""
+        wanted = (order(step)[share] for step in steps)
+        if self.data is not None:
+            yield from map(self.__getitem__, wanted)
+        else:
+            where = (self.indices[indices.numpy()] for indices in wanted)
+            yield from DataLoader(self.images, batch_sampler=where, num_workers=self.workers, pin_memory=torch.cuda.is_available())
+
+
+# ---- method -----------------------------------------------------------------------------------------------
+
+X0_FLOOR = 0.04  # x0 errors are weighted 1 / (sigma^2 + this): the v loss, bounded near t = 0
+
+
+def draw_times(n, sampling, mean_std, path, generator):
+    """t (n,) in [T_END, 1]: uniform, or logit-normal (arXiv 2403.03206, section 3.1)."""
+    if sampling == "uniform":
+        t = torch.rand(n, generator=generator, device=generator.device)
+    else:
+        t = torch.sigmoid(mean_std[0] + mean_std[1] * torch.randn(n, generator=generator, device=generator.device))
+    return path.T_END + (1 - path.T_END) * t
+
+
+def diffusion_loss(diffusion, network, x0, eps, t, y=None, drop=None, weights=None):
+    """Squared error of the prediction at x_t = alpha x0 + sigma e, a mean per example.
+
+    x0, eps (N, *shape), t (N,), y (N,) classes, drop (N,) bool, weights (token_dim,) of EBFR -> (N,) float32
+    """
+    alpha, sigma = diffusion.path.alpha_sigma(like(t, x0))
+    output = diffusion.output(network, alpha * x0 + sigma * eps, t, y, drop).float()
+    error = (output - target(diffusion.path, diffusion.predict, x0, eps, t)).square()
+    if weights is not None:
+        error = error * weights
+    if diffusion.predict == "x0":
+        error = error / (sigma**2 + X0_FLOOR)
+    return error.flatten(1).mean(1)
+
+
+def draw_step(seed, step, n, shape, args, path, device):
+    """All that is random in a step, for the whole global batch, from (seed, step): t, noise, label drop, flip."""
+    g = generator(seed, step, 1, device=device)
+    t = draw_times(n, args.t_sampling, args.t_logit_normal, path, g)
+    eps = torch.randn(n, *shape, generator=g, device=device)
+    drop = torch.rand(n, generator=g, device=device) < args.label_dropout
+    flip = (torch.rand(n, generator=g, device=device) < 0.5) & args.flip
+    return t, eps, drop, flip
+
+
+def learning_rate(step, args):
+    """Linear warm-up, then constant or falling linearly to zero at the last step."""
+    rate = args.lr * min(1, (step + 1) / max(args.warmup, 1))
+    return rate * (1 - step / args.steps) if args.lr_decay == "linear" else rate
+
+
+def ema_update(decay):
+    """Exponential moving average with warm-up min(decay, (1 + n) / (10 + n)), for torch's AveragedModel."""
+
+    def update(averaged, current, n):
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + int(n)) / (10 + int(n))))
+
+    return update
+
+
+def fit_codec(store, size, block, processes, limit=(50_000, 300e6)):
+    """Eta and entropies (3, B*B) from up to 50k images or 300 million pixels, spread over the set, shared among processes."""
+    statistics = DCTStatistics(block, device=processes.device)
+    count = max(1, min(store.count, limit[0], int(limit[1] / size**2)))
+    chosen = torch.linspace(0, store.count - 1, count, dtype=torch.float64).round().long()[processes.rank :: processes.world]
+    for part in tqdm(chosen.split(max(1, 2**21 // size**2)), desc="eta", unit="batch", disable=not processes.main, leave=False):
+        statistics.update(store[part].to(processes.device) / 127.5 - 1)
+    processes.sum(statistics.counts)
+    return statistics.eta(), statistics.entropies(), count
+
+
+def band_errors(diffusion, x0, eps, y, levels=(0.1, 0.5, 0.9)):
+    """Power of the x0 error over power of the image, per radial band, at a low, middle and high t (DCTdiff, section 3):
+    {t: [16 numbers]}. 1 is a prediction that knows nothing of the band."""
+    images, errors, denoise = diffusion.decode(x0), {}, diffusion.denoiser(y)
+    for level in levels:
+        t = torch.full((len(x0),), level, device=x0.device)
+        alpha, sigma = diffusion.path.alpha_sigma(like(t, x0))
+        predicted = diffusion.decode(denoise(alpha * x0 + sigma * eps, t)[0])
+        errors[str(level)] = (psd(predicted - images).mean(0) / psd(images).mean(0)).tolist()
+    return errors
+
+
+# ---- measuring --------------------------------------------------------------------------------------------
+
+
+def autocast(args, device):
+    """`--amp`, auto being bf16 on CUDA and off on a CPU -> (a function that makes the context, dtype or None)"""
+    kind = {"auto": "bf16" if device.type == "cuda" else "off"}.get(args.amp, args.amp)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[kind]
+    return lambda: torch.autocast(device.type, dtype, enabled=dtype is not None), dtype
+
+
+def flops_per_image(diffusion, device):
+    """Forward and backward FLOPs of one image, counted by torch."""
+    x, t = torch.zeros(1, *diffusion.shape, device=device), torch.zeros(1, device=device)
+    y = torch.zeros(1, dtype=torch.long, device=device) if diffusion.classes else None
+    with FlopCounterMode(display=False) as counter:
+        diffusion.output(diffusion.network, x, t, y).sum().backward()
+    diffusion.network.zero_grad(set_to_none=True)
+    return counter.get_total_flops()
+
+
+def matmul_rate(device, dtype, n=None):
+    """This machine's own FLOP/s in one square matrix product, the best of ten."""
+    n = n or (8192 if device.type == "cuda" else 1536)
+    a, best = torch.randn(n, n, device=device, dtype=dtype or torch.float32), math.inf
+    for _ in range(10):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Meter:
+    """Sums kept on the device between log lines; read once a line, so that steps never wait."""
+
+    def __init__(self, device):
+        self.device = device
+        self.reset()
+        self.bad_run, self.worst_run = torch.zeros((), device=device), torch.zeros((), device=device)
+
+    def reset(self):
+        self.loss, self.count = torch.zeros(4, device=self.device), torch.zeros(4, device=self.device)  # by quarter of t
+        self.norm, self.steps, self.skipped = (torch.zeros((), device=self.device) for _ in range(3))
+
+    def add_losses(self, loss, t):
+        quarter, finite = (t * 4).long().clamp_max(3), loss.detach().isfinite()
+        self.loss.index_add_(0, quarter, torch.where(finite, loss.detach(), 0))
+        self.count.index_add_(0, quarter, finite.float())
+
+    def add_step(self, norm):
+        good = norm.isfinite()
+        self.norm += torch.where(good, norm, 0)
+        self.steps += good
+        self.skipped += ~good
+        self.bad_run = torch.where(good, 0, self.bad_run + 1)
+        self.worst_run = torch.maximum(self.worst_run, self.bad_run)
+
+    def read(self, processes):
+        loss, count = processes.sum(self.loss), processes.sum(self.count)
+        quarters = (loss / count).tolist()
+        result = {
+            "loss": (loss.sum() / count.sum()).item(),
+            "loss_by_quarter_of_t": [q if math.isfinite(q) else None for q in quarters],
+            "grad_norm": (self.norm / self.steps.clamp_min(1)).item(),
+            "skipped_steps": int(self.skipped),
+        }
+        self.reset()
+        return result
+
+
+class MetricsFile:
+    """RUN/metrics.jsonl; lines after the step resumed from are dropped, they will be made again."""
+
+    def __init__(self, file, step):
+        self.file = Path(file)
+        if self.file.exists():
+            kept = [line for line in self.file.read_text().splitlines() if line and json.loads(line)["step"] <= step]
+            write_atomically(self.file, lambda f: f.write("".join(line + "\n" for line in kept).encode()))
+
+    def write(self, **entry):
+        with self.file.open("a") as handle:
+            handle.write(json.dumps(entry) + "\n")
+
+
+# ---- settings ---------------------------------------------------------------------------------------------
+
+# What a flag is when it is not given. The tiny networks take a recipe that learns in minutes on a CPU (x0 prediction on
+# the flow path); all others take DCTdiff's published settings.
+TINY = dict(path="flow", predict="x0", t_sampling="logit-normal", ebfr=False, lr=2e-3, betas=[0.9, 0.99], warmup=100,
+            lr_decay="linear", ema=0.999, batch=64, steps=3000)  # fmt: skip
+PUBLISHED = dict(path="vp", predict="eps", t_sampling="uniform", ebfr=True, lr=2e-4, betas=[0.99, 0.99], warmup=5000,
+                 lr_decay="none", ema=0.9999, batch=256, steps=500_000)  # fmt: skip
+KEEP = {2: 4, 4: 9, 8: 18}  # coefficients kept per block [code]; 8 of 16 from 256 px on
+SNR_SCALE = {32: 2.0, 64: 4.0, 128: 4.0, 256: 4.0, 512: 12.0}  # c by resolution, in DCT space [code]
+MAY_CHANGE = {"steps", "device", "workers", "compile", "log_every", "eval_every", "save_every", "fresh", "benchmark", "out"}
+
+
+def complete(args):
+    """Fill in what the command left open, from the model, the space and the resolution. Raises InputError."""
+    tiny, dct = parse_model(args.model)[1]["depth"] <= 8, args.space == "dct"
+    given = [name for name in ("block", "keep", "ebfr") if getattr(args, name)]
+    if given and not dct:
+        raise InputError(f"--{' --'.join(given)}: only for --space dct")
+    for name, value in (TINY if tiny else PUBLISHED).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value if name != "ebfr" else value and dct)
+    if args.snr_scale is None:
+        nearest = min(SNR_SCALE, key=lambda size: abs(size - args.size))
+        args.snr_scale = SNR_SCALE[nearest] if dct and args.path == "vp" else 1.0
+    elif args.path != "vp":
+        raise InputError(f"--snr-scale {args.snr_scale}: only for --path vp")
+    if dct and args.block is None:
+        args.block = 8 if args.size >= 512 else 4 if args.size >= 128 or tiny else 2  # tiny networks want few tokens
+    if dct and args.keep is None:
+        args.keep = 8 if args.block == 4 and args.size >= 256 else KEEP.get(args.block, max(1, args.block**2 * 9 // 32))
+    if dct:
+        make_codec(vars(args) | {"eta": 1.0})  # raises where size, block and keep do not fit together
+    if args.out is None:
+        name = Path(args.data.replace(":", "-")).resolve().stem
+        args.out = f"runs/{name}-{args.size}-{args.space}-{args.model.lower().replace('/', '-')}"
+    least = dict(size=1, steps=1, batch=1, grad_accum=1, log_every=1, eval_every=1, save_every=1, lr=0.0, clip=0.0, snr_scale=1e-9)
+    for name, minimum in least.items():
+        if getattr(args, name) < minimum:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {minimum:g}")
+    if not 0 <= args.label_dropout < 1 or not 0 <= args.ema < 1:
+        raise InputError(f"--label-dropout {args.label_dropout} and --ema {args.ema} must lie in [0, 1)")
+
+
+def plain_arguments(args):
+    return {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
+
+
+def open_run(args):
+    """The checkpoint to resume from, or None. Raises InputError where RUN is another's, or made with other arguments."""
+    run = Path(args.out)
+    if (run / "checkpoint.pt").exists():
+        if args.fresh:
+            raise InputError(f"--fresh: {run} holds a run; --fresh starts in an empty folder only, name another --out")
+        checkpoint = read_checkpoint(run)
+        there, now = checkpoint["args"], plain_arguments(args)
+        changed = [f"--{k.replace('_', '-')} {there.get(k)} there, {v} now" for k, v in now.items() if there.get(k) != v]
+        if changed:
+            raise InputError(f"{run} was made with other arguments: {'; '.join(changed)}. Give the same, or another --out")
+        return checkpoint
+    own = ("metrics.jsonl", "samples", "checkpoint.pt.tmp", "images-")
+    others = [p.name for p in run.iterdir() if not p.name.startswith(own)] if run.is_dir() else []
+    if others or (args.fresh and run.is_dir() and any(run.iterdir())):
+        raise InputError(f"--out {run} holds {', '.join(others[:3]) or 'a started run'} and no checkpoint; name an empty folder")
+    return None
+
+
+# ---- benchmark --------------------------------------------------------------------------------------------
+
+
+def benchmark(args, images, diffusion, weights, processes, amp):
+    """`--benchmark N`: times of N steps, part by part, and of file to tokens; nothing is written."""
+    device, (context, dtype) = processes.device, amp
+    threads, count = torch.get_num_threads(), len(images)
+    torch.set_num_threads(1)
+    clock = time.perf_counter
+
+    def lap(function, items):
+        start, results = clock(), [function(item) for item in items]
+        return (clock() - start) / len(results) * 1e3, results
+
+    read, pixels = lap(images.__getitem__, range(count))  # decode, crop, resize
+    lap(lambda p: diffusion.encode(p[None].to(device) / 127.5 - 1), pixels[:4])
+    encode, _ = lap(lambda p: diffusion.encode(p[None].to(device) / 127.5 - 1), pixels)
+    synchronize(device)
+    torch.set_num_threads(threads)
+    print(f"data, one core   {read + encode:8.2f} ms/image = {read:.2f} file to pixels + {encode:.2f} pixels to network input")
+    print(f"                 {1e3 / (read + encode):8.0f} images/s a core, {count} images of {args.size} px")
+
+    network = processes.wrap(torch.compile(diffusion.network) if args.compile else diffusion.network)
+    optimizer = make_optimizer(diffusion.network, args)
+    batch, parts = torch.stack(pixels).repeat(math.ceil(args.batch / count), 1, 1, 1)[: args.batch], []
+    for step in range(args.benchmark + 2):
+        marks = []
+
+        def mark():
+            synchronize(device)
+            marks.append(clock())
+
+        mark()
+        x0 = diffusion.encode(batch.to(device) / 127.5 - 1)
+        t, eps, drop, _ = draw_step(args.seed, step, args.batch, diffusion.shape, args, diffusion.path, device)
+        y = torch.zeros(args.batch, dtype=torch.long, device=device) if diffusion.classes else None
+        mark()
+        with context():
+            loss = diffusion_loss(diffusion, network, x0, eps, t, y, drop, weights).mean()
+        mark()
+        loss.backward()
+        mark()
+        torch.nn.utils.clip_grad_norm_(diffusion.network.parameters(), args.clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        mark()
+        parts.append(np.diff(marks))
+    parts = np.median(parts[2:], 0)  # the first two warm up
+    rate, own = flops_per_image(diffusion, device) * args.batch / parts.sum(), matmul_rate(device, dtype)
+    print(f"step             {parts.sum() * 1e3:8.1f} ms = " + " + ".join(
+        f"{ms * 1e3:.1f} {name}" for ms, name in zip(parts, ("data", "forward", "backward", "optimizer"))))  # fmt: skip
+    print(f"training         {args.batch / parts.sum():8.1f} images/s, batch {args.batch}, median of {args.benchmark} steps")
+    print(f"arithmetic       {rate / 1e9:8.1f} GFLOP/s, {rate / own:.0%} of this machine's {own / 1e9:.0f} in one matrix product")
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(f"peak memory      {peak / 2**20:8.0f} MiB")
+
+
+# ---- training ---------------------------------------------------------------------------------------------
+
+GRID_STEPS, GRID_GUIDANCE = 50, 1.5
+BAD_STEPS = 10  # non-finite ones in a row that stop a run
+
+
+def make_optimizer(network, args):
+    # fused: one kernel, and a GradScaler's skip of a non-finite step without waiting for the device
+    return torch.optim.AdamW(
+        [p for p in network.parameters() if p.requires_grad], args.lr, tuple(args.betas), weight_decay=args.weight_decay, fused=True
+    )
+
+
+def evaluate(diffusion, held, folder, step, args, device):
+    """A grid of EMA samples from fixed noise into RUN/samples/, and the x0 error by radial band."""
+    count = 64 if args.size <= 64 else 16
+    y = torch.arange(count, device=device) % len(diffusion.classes) if diffusion.classes else None
+    guidance = GRID_GUIDANCE if diffusion.classes and args.label_dropout else 1.0
+    images = generate(diffusion, range(count), args.seed, device, y, steps=GRID_STEPS, guidance=guidance)
+    save_grid(images, folder / "samples" / f"step{step:07d}.png", math.isqrt(count))
+    with torch.no_grad():
+        return band_errors(diffusion, *held)
+
+
+def main(args):
+    # ---- set-up
+    complete(args)
+    processes = Processes(args.device)
+    device, folder, say = processes.device, Path(args.out), processes.print
+    parts = processes.world * args.grad_accum
+    if args.batch % parts:
+        raise InputError(f"--batch {args.batch} must be a multiple of processes x --grad-accum = {processes.world} x {args.grad_accum}")
+    local, micro = args.batch // processes.world, args.batch // parts
+    share = slice(processes.rank * local, (processes.rank + 1) * local)
+    images = Images(args.data, args.size)
+    if args.benchmark:
+        images.thin(2**24 // args.size**2)
+    checkpoint = None if args.benchmark else open_run(args)
+    if checkpoint and checkpoint["step"] >= args.steps:
+        return finished(args, say, checkpoint["step"], again=True)
+
+    # ---- data
+    if not args.benchmark:  # which writes nothing
+        folder.mkdir(parents=True, exist_ok=True)
+    workers = args.workers if args.workers is not None else min(8, (os.cpu_count() or 1) // processes.local_world)
+    store = Store(images, "." if args.benchmark else folder, processes, workers)
+    if args.classes and not images.classes:
+        raise InputError(f"--classes: {args.data} has none; sort the images into one folder a class, or leave --classes out")
+    classes = images.classes if args.classes is not False else None
+
+    # ---- model
+    if checkpoint:
+        config = checkpoint["config"]
+    else:
+        config = {k: getattr(args, k) for k in ("space", "size", "model", "path", "snr_scale", "predict", "label_dropout")}
+        config["classes"] = classes
+        if args.space == "dct":
+            config |= measure_codec(args, store, processes)
+    torch.manual_seed(args.seed)  # the same weights in every process
+    diffusion = Diffusion(config)
+    network = diffusion.network.to(device).train()
+    weights = ebfr_weights(torch.tensor(config["entropies"]), config["keep"]).to(device) if args.ebfr else None
+    amp, dtype = autocast(args, device)
+    if args.benchmark:
+        return benchmark(args, images, diffusion, weights, processes, (amp, dtype))
+    optimizer, ema = make_optimizer(network, args), AveragedModel(network, multi_avg_fn=ema_update(args.ema))
+    ema.module.eval().requires_grad_(False)
+    # Without fp16 the scale is 1 and only the skipping of non-finite steps is used.
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if dtype == torch.float16 else 1.0,
+                                  growth_interval=2000 if dtype == torch.float16 else 2**31 - 1)  # fmt: skip
+
+    # ---- resume
+    step = 0
+    if checkpoint:
+        load_weights(network, checkpoint["model"], folder)
+        load_weights(ema.module, checkpoint["ema"], folder)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        step = checkpoint["step"]
+        ema.n_averaged.fill_(step)
+    sampled = Diffusion(config, ema.module)
+    order = DataOrder(store.count, args.batch, args.seed)
+    epochs = args.steps * args.batch / store.count
+    say(f"data     {store.how}" + (f", {len(classes)} classes" if classes else ", no classes"))
+    say(f"model    {args.model}, {sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6:.2f}M parameters, "
+        f"input {' x '.join(map(str, diffusion.shape))}, {args.path} path, predicts {args.predict}")  # fmt: skip
+    say(f"training {args.steps} steps of {args.batch} = {epochs:.1f} epochs on {processes.world} x {device.type}"
+        + (f", resumed at step {step}" if checkpoint else "") + f", into {folder}")  # fmt: skip
+
+    def save():
+        if processes.main:
+            state = {
+                "model": network.state_dict(), "ema": ema.module.state_dict(), "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(), "step": step, "images_seen": step * args.batch, "config": config,
+                # the data order and every random draw of the steps to come follow from these two and images_seen
+                "random": {"seed": args.seed, "next_step": step}, "args": plain_arguments(args),
+            }  # fmt: skip
+            write_atomically(folder / "checkpoint.pt", lambda f: torch.save(state, f))
+
+    # ---- loop
+    wrapped = processes.wrap(torch.compile(network) if args.compile else network)
+    metrics = MetricsFile(folder / "metrics.jsonl", step) if processes.main else None
+    meter, started, steps_then, flops = Meter(device), time.perf_counter(), step, 0
+    if device.type == "cuda":
+        flops, peak = flops_per_image(diffusion, device), matmul_rate(device, dtype) * processes.world
+    chosen = order(0)[: 256 if args.size <= 64 else 32]  # for the x0 error by band
+    held_eps = torch.randn(len(chosen), *diffusion.shape, generator=generator(args.seed, 2)).to(device)
+    held = (diffusion.encode(store[chosen].to(device) / 127.5 - 1), held_eps, store.labels[chosen].to(device) if classes else None)
+    bar = tqdm(total=args.steps * args.batch, initial=step * args.batch, unit="img", unit_scale=True, desc="train",
+               dynamic_ncols=True, disable=not processes.main, mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
+    for pixels in store.batches(order, range(step, args.steps), share):
+        t, eps, drop, flip = (r[share] for r in draw_step(args.seed, step, args.batch, diffusion.shape, args, diffusion.path, device))
+        x0 = pixels.to(device, non_blocking=True) / 127.5 - 1  # (N, 3, S, S)
+        x0 = diffusion.encode(torch.where(like(flip, x0), x0.flip(-1), x0))
+        y = store.labels[order(step)[share]].to(device) if classes else None
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        for start in range(0, local, micro):
+            part, last = slice(start, start + micro), start + micro == local
+            with contextlib.nullcontext() if last or processes.world == 1 else wrapped.no_sync():
+                with amp():
+                    loss = diffusion_loss(diffusion, wrapped, x0[part], eps[part], t[part],
+                                          None if y is None else y[part], drop[part], weights)  # fmt: skip
+                scaler.scale(loss.mean() / args.grad_accum).backward()
+            meter.add_losses(loss, t[part])
+        scaler.unscale_(optimizer)
+        meter.add_step(torch.nn.utils.clip_grad_norm_(network.parameters(), args.clip or math.inf))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update_parameters(network)
+        step += 1
+        bar.update(args.batch)
+
+        # log
+        if step % args.log_every == 0 or step == args.steps:
+            worst, line = int(meter.worst_run), meter.read(processes)
+            rate = (step - steps_then) * args.batch / (time.perf_counter() - started)
+            if processes.main:
+                line |= {"lr": optimizer.param_groups[0]["lr"], "images_per_s": round(rate, 1)}
+                line |= {"share_of_peak": round(rate * flops / peak, 4)} if flops else {}
+                metrics.write(step=step, images=step * args.batch, epoch=step * args.batch / store.count, **line)
+                bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
+            if worst >= BAD_STEPS:
+                raise InputError(f"{worst} steps in a row up to {step} were not finite and were skipped; {folder}/checkpoint.pt "
+                                 f"is the last good one. Lower --lr {args.lr:g}, or --amp off")  # fmt: skip
+            started, steps_then = time.perf_counter(), step
+        # evaluate
+        if step % args.eval_every == 0 or step == args.steps:
+            if processes.main:
+                metrics.write(step=step, x0_error_by_band=evaluate(sampled, held, folder, step, args, device))
+            started, steps_then = time.perf_counter(), step
+        # save
+        if step % args.save_every == 0 or step == args.steps:
+            save()
+    bar.close()
+    finished(args, say, step)
+
+
+def measure_codec(args, store, processes):
+    """The codec's part of a config, measured on the data and shown: eta, entropies, PSNR per `keep`."""
+    eta, entropies, count = fit_codec(store, args.size, args.block, processes)
+    some = store[torch.linspace(0, store.count - 1, min(store.count, 64)).long()] / 127.5 - 1
+    psnr = psnr_per_keep(some, args.block)
+    shown = sorted({k for k in (1, args.keep // 2, args.keep, args.keep + 1, args.block**2 * 3 // 4, args.block**2) if 0 < k <= len(psnr)})
+    processes.print(f"codec    B {args.block}, keep {args.keep}, eta {eta:.3f} from {count} images; PSNR dB at keep "
+                    + ", ".join(f"{k}: {psnr[k - 1]:.1f}" for k in shown))  # fmt: skip
+    for name, row in zip(("Y", "Cb", "Cr"), entropies[:, : args.keep].tolist()):
+        processes.print(f"         H({name}) " + " ".join(f"{h:.3f}" for h in row))
+    return {"block": args.block, "keep": args.keep, "eta": eta, "entropies": entropies.tolist()}
+
+
+def finished(args, say, step, again=False):
+    say(f"{args.out}: {'this run is finished' if again else 'done'} at step {step} of {args.steps}.")
+    say(f"  look     {args.out}/samples/")
+    say(f"  sample   python sample.py {args.out} --n 64")
+    if again:
+        say(f"  go on    the same command with --steps {2 * step}")
+    say("  your own python train_diffusion.py --data FOLDER_OR_ZIP --size 64")
+
+
+if __name__ == "__main__":
+    flag = argparse.BooleanOptionalAction
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--data", default="dead-leaves", metavar="SPEC", help="folder, .zip, cifar10, dead-leaves or dead-leaves:full (default: dead-leaves)")
+    add("--size", type=int, default=32, metavar="PIXELS", help="images are cropped and resized to this (default: 32)")
+    add("--out", metavar="RUN", help="run folder (default: runs/DATA-SIZE-SPACE-MODEL)")
+    add("--space", default="dct", choices=("dct", "pixel"), help="what is diffused (default: dct)")
+    add("--model", default="dit-nano", metavar="NAME", help="uvit-nano|tiny|s|m|l|h or dit-nano|tiny|s|b|l|xl, in pixel space with /PATCH (default: dit-nano)")
+    two = "(default: {} for nano and tiny models, {} for others)"
+
+    def both(name):
+        return two.format(*(" ".join(map(str, d[name])) if isinstance(d[name], list) else d[name] for d in (TINY, PUBLISHED)))
+
+    add("--path", choices=("vp", "flow"), help=f"noise path {both('path')}")
+    add("--predict", choices=("eps", "v", "x0"), help=f"what the network predicts {both('predict')}")
+    add("--t-sampling", choices=("uniform", "logit-normal"), help=f"distribution of t {both('t_sampling')}")
+    add("--t-logit-normal", type=float, nargs=2, default=[0.5, 1.0], metavar=("MEAN", "STD"), help="of logit t (default: 0.5 1)")
+    add("--snr-scale", type=float, metavar="C", help="SNR scaling of the vp path (default: in DCT space by size, 2 at 32 px, 4 to 256, 12 at 512; else 1)")
+    add("--block", type=int, metavar="B", help="DCT block size (default: by size, 2 to 64 px, 4 to 256, 8 above; at least 4 for nano and tiny models)")
+    add("--keep", type=int, metavar="K", help="coefficients kept per block (default: 4 of 4, 9 of 16 or 8 from 256 px, 18 of 64)")
+    add("--ebfr", action=flag, help=f"entropy-based frequency reweighting {both('ebfr')}")
+    add("--classes", action=flag, help="train with classes (default: where the data has them)")
+    add("--label-dropout", type=float, default=0.1, metavar="P", help="share of labels replaced by the null class (default: 0.1)")
+    add("--flip", action=flag, default=True, help="mirror half of the images (default: yes)")
+    add("--steps", type=int, metavar="N", help=f"optimizer steps {both('steps')}")
+    add("--batch", type=int, metavar="GLOBAL", help=f"images a step, over all processes {both('batch')}")
+    add("--grad-accum", type=int, default=1, metavar="N", help="parts a process's share of a batch is cut into (default: 1)")
+    add("--lr", type=float, metavar="X", help=f"AdamW learning rate {both('lr')}")
+    add("--lr-decay", choices=("none", "linear"), help=f"after warm-up: constant, or linearly to 0 at --steps {both('lr_decay')}")
+    add("--warmup", type=int, metavar="N", help=f"steps of linear warm-up {both('warmup')}")
+    add("--betas", type=float, nargs=2, metavar=("B1", "B2"), help=f"AdamW betas {both('betas')}")
+    add("--weight-decay", type=float, default=0.03, metavar="X", help="AdamW weight decay (default: 0.03)")
+    add("--clip", type=float, default=1.0, metavar="X", help="largest gradient norm, 0 for none (default: 1)")
+    add("--ema", type=float, metavar="X", help=f"decay of the average of the weights {both('ema')}")
+    add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help="autocast (default: auto, bf16 on CUDA, off on a CPU)")
+    add("--compile", action="store_true", help="torch.compile the network")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: auto)")
+    add("--seed", type=int, default=0, metavar="N", help="of weights, data order and noise (default: 0)")
+    add("--workers", type=int, metavar="N", help="processes that decode images (default: the CPU's cores, at most 8)")
+    add("--log-every", type=int, default=50, metavar="N", help="steps a metrics line (default: 50)")
+    add("--eval-every", type=int, default=1000, metavar="N", help="steps between sample grids (default: 1000)")
+    add("--save-every", type=int, default=500, metavar="N", help="steps between checkpoints (default: 500)")
+    add("--fresh", action="store_true", help="never resume: --out must be empty")
+    add("--benchmark", type=int, default=0, metavar="N", help="time N steps part by part, train nothing (default: 0, off)")
+    run_program(main, parser.parse_args())
