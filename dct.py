@@ -303,10 +303,14 @@ def main(args):
     print(f"{args.input} {image.width}x{image.height} -> {args.output} {2 * image.width}x{2 * image.height}")
 
 
-if __name__ == "__main__":
+def make_parser():
     parser = argparse.ArgumentParser(description="DCT tools (arXiv 2412.15032)")
     command = parser.add_subparsers(dest="command", required=True).add_parser("upsample", help="twice as large")
     command.add_argument("input", metavar="IN", help="any image file, any size")
     command.add_argument("output", metavar="OUT", help="the file to write; its ending chooses the format")
     command.add_argument("--block", type=int, help="block size B (default: the whole frame as one block)")
-    main(parser.parse_args())
+    return parser
+
+
+if __name__ == "__main__":
+    main(make_parser().parse_args())

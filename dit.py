@@ -102,7 +102,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(self.FEATURES, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t):
-        return self.mlp(timestep_features(t, self.FEATURES))
+        return self.mlp(timestep_features(t, self.FEATURES).to(self.mlp[0].weight.dtype))
 
 
 class LabelEmbedder(nn.Module):

@@ -1,7 +1,7 @@
 """Sample a trained diffusion model, look at how it samples, and score it.
 
     python sample.py runs/first --n 64                               # PNG files and a grid
-    torchrun --nproc_per_node=8 sample.py runs/first --n 50000 --score photos/
+    torchrun --nproc_per_node=8 sample.py runs/first -n 50000 --score photos/
     python sample.py runs/first --trajectory                         # low frequencies come first
 
 Image i depends on the seed and i alone, not on batch size or number of processes; images already there are
@@ -126,7 +126,8 @@ class Images(Dataset):
         labels = {}
         if self.path.is_dir():
             self.kind = "folder"
-            files = sorted(p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file())
+            found = (Path(root, file) for root, _, files in os.walk(self.path, followlinks=True) for file in files)
+            files = sorted(file.relative_to(self.path).as_posix() for file in found)
             if "dataset.json" in files:
                 labels = json.loads((self.path / "dataset.json").read_text()).get("labels") or {}
         elif zipfile.is_zipfile(self.path):
@@ -206,6 +207,8 @@ class Images(Dataset):
 
     def __getitem__(self, i):
         """Image i, or the next readable one in its place."""
+        if not 0 <= i < len(self):
+            raise IndexError(i)
         for j in range(i, i + len(self)):
             image = self.read(j % len(self))
             if image is not None:
@@ -606,7 +609,12 @@ def sample_files(diffusion, protocol, args, folder, device, rank, world):
         changed = [f"{k} {there.get(k)} there, {v} now" for k, v in protocol.items() if there.get(k) != v]
         if changed:
             raise InputError(f"--out {folder} holds images made otherwise ({'; '.join(changed)}); name another folder")
-    elif rank == 0:
+    elif rank > 0:
+        while not record.exists():  # rank 0 looks at the folder first
+            time.sleep(0.05)
+    elif any(folder.iterdir()):
+        raise InputError(f"--out {folder} holds other files and no protocol.json of sampling; name another folder")
+    else:
         write_atomically(record, lambda f: f.write(json.dumps(protocol, indent=1).encode()))
     files = [folder / f"{i:06d}.png" for i in range(args.n)]
     todo = [i for i in range(rank, args.n, world) if not files[i].exists()]
@@ -783,12 +791,13 @@ def main(args):
         score(files, protocol, args, device, config["size"])
 
 
-if __name__ == "__main__":
+def make_parser():
     parser = argparse.ArgumentParser(
         description="Sample, look at and score a trained model.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("run", metavar="RUN_OR_CKPT", help="run folder of train_diffusion.py, or a checkpoint file")
-    parser.add_argument("--n", type=int, default=64, help="images")
+    # -n as well: on Python 3.11, torchrun takes --n for an abbreviation of its own flags
+    parser.add_argument("-n", "--n", type=int, default=64, help="images")
     parser.add_argument("--out", help="folder of the PNG files (default: RUN/samples/, named after the settings)")
     parser.add_argument("--npz", help="also write them as one uint8 array (n, S, S, 3), the ADM evaluation format")
     parser.add_argument("--grid", help="file of the grid, all n in it (default: beside --out, the first 64)")
@@ -805,4 +814,8 @@ if __name__ == "__main__":
     parser.add_argument("--features-weights", metavar="FILE", help="local Inception weights (default: downloaded)")
     parser.add_argument("--trajectory", action="store_true", help="only show one sampling run, band by band")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to run")
-    run_program(main, parser.parse_args())
+    return parser
+
+
+if __name__ == "__main__":
+    run_program(main, make_parser().parse_args())

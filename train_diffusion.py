@@ -10,7 +10,9 @@ number of processes: that is all the state a resumed run needs.
 """
 
 import argparse
+import atexit
 import contextlib
+import copy
 import datetime
 import json
 import math
@@ -24,7 +26,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset, Subset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -48,6 +49,7 @@ class Processes:
         self.main = self.rank == 0
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+            atexit.register(dist.destroy_process_group)
 
     def sum(self, tensor):
         """In-place sum over processes."""
@@ -64,9 +66,9 @@ class Processes:
             return network
         return DistributedDataParallel(network, device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
-    def print(self, *words):
+    def print(self, text):
         if self.main:
-            tqdm.write(" ".join(map(str, words)))
+            tqdm.write(text)
 
 
 class DataOrder:
@@ -117,19 +119,19 @@ class Store:
         self.images, self.workers, size = images, workers, images.size
         need, free_disk = len(images) * 3 * size * size, shutil.disk_usage(folder).free
         self.file, self.data = Path(folder) / f"images-{size}.u8", None
-        named = f"{len(images)} images of {size} px, {need / 2**20:,.0f} MiB"
+        named = f"{len(images)} images of {size} px"
         indices = np.arange(len(images))
         limit = MEMORY_LIMIT if processes.world == 1 else SMALL
         if need <= limit:
-            self.how = f"{named}: decoded once, to memory (at most {limit / 2**20:,.0f} MiB)"
+            self.how = f"{named}, in memory ({need / 2**20:,.0f} MiB, no more than {limit / 2**20:.0f})"
             self.data = np.empty((len(images), 3, size, size), np.uint8)
             readable = self._decode(indices, processes)
         elif need <= DISK_SHARE * free_disk or self.file.exists():
             why = "shared by the processes" if processes.world > 1 else "too large for memory"
-            self.how = f"{named}: decoded once, to {self.file} ({why})"
+            self.how = f"{named}, in {self.file} ({need / 2**20:,.0f} MiB, {why})"
             readable = self._map(indices, processes)
         else:
-            self.how = f"{named}: decoded on the fly by {workers} workers (more than memory and {DISK_SHARE:.0%} of the free disk hold)"
+            self.how = f"{named}, decoded on the fly by {workers} workers ({need / 2**20:,.0f} MiB, too large for the disk)"
             readable = np.ones(len(images), bool)
         images.check_unreadable(int((~readable).sum()))
         self.indices = indices[readable]
@@ -232,13 +234,11 @@ def learning_rate(step, args):
     return rate * (1 - step / args.steps) if args.lr_decay == "linear" else rate
 
 
-def ema_update(decay):
-    """Exponential moving average with warm-up min(decay, (1 + n) / (10 + n)), for torch's AveragedModel."""
-
-    def update(averaged, current, n):
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + int(n)) / (10 + int(n))))
-
-    return update
+@torch.no_grad()
+def update_ema(averaged, network, step, decay):
+    """Exponential moving average of all parameters, with warm-up: decay_n = min(decay, (1 + n) / (10 + n))."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(averaged.parameters()), list(network.parameters()), 1 - decay)
 
 
 def fit_codec(store, size, block, processes, limit=(50_000, 300e6)):
@@ -346,8 +346,9 @@ class MetricsFile:
     def __init__(self, file, step):
         self.file = Path(file)
         if self.file.exists():
-            kept = [line for line in self.file.read_text().splitlines() if line and json.loads(line)["step"] <= step]
-            write_atomically(self.file, lambda f: f.write("".join(line + "\n" for line in kept).encode()))
+            whole = self.file.read_text().split("\n")[:-1]  # a killed process may leave half a line
+            kept = "".join(f"{line}\n" for line in whole if json.loads(line)["step"] <= step)
+            write_atomically(self.file, lambda f: f.write(kept.encode()))
 
     def write(self, **entry):
         with self.file.open("a") as handle:
@@ -369,7 +370,8 @@ MAY_CHANGE = {"steps", "device", "workers", "compile", "log_every", "eval_every"
 
 def complete(args):
     """Fill in what the command left open, from the model, the space and the resolution. Raises InputError."""
-    tiny, dct = parse_model(args.model)[1]["depth"] <= 8, args.space == "dct"
+    parse_model(args.model)
+    tiny, dct = args.model.lower().partition("/")[0].endswith(("nano", "tiny")), args.space == "dct"
     given = [name for name in ("block", "keep", "ebfr") if getattr(args, name)]
     if given and not dct:
         raise InputError(f"--{' --'.join(given)}: only for --space dct")
@@ -426,7 +428,7 @@ def open_run(args):
 
 def benchmark(args, images, diffusion, weights, processes, amp):
     """`--benchmark N`: times of N steps, part by part, and of file to tokens; nothing is written."""
-    device, (context, dtype) = processes.device, amp
+    device, say, (context, dtype) = processes.device, processes.print, amp
     threads, count = torch.get_num_threads(), len(images)
     torch.set_num_threads(1)
     clock = time.perf_counter
@@ -440,12 +442,13 @@ def benchmark(args, images, diffusion, weights, processes, amp):
     encode, _ = lap(lambda p: diffusion.encode(p[None].to(device) / 127.5 - 1), pixels)
     synchronize(device)
     torch.set_num_threads(threads)
-    print(f"data, one core   {read + encode:8.2f} ms/image = {read:.2f} file to pixels + {encode:.2f} pixels to network input")
-    print(f"                 {1e3 / (read + encode):8.0f} images/s a core, {count} images of {args.size} px")
+    say(f"data, one core   {read + encode:8.2f} ms/image = {read:.2f} file to pixels + {encode:.2f} pixels to network input")
+    say(f"                 {1e3 / (read + encode):8.0f} images/s a core, {count} images of {args.size} px")
 
     network = processes.wrap(torch.compile(diffusion.network) if args.compile else diffusion.network)
     optimizer = make_optimizer(diffusion.network, args)
-    batch, parts = torch.stack(pixels).repeat(math.ceil(args.batch / count), 1, 1, 1)[: args.batch], []
+    n, parts = args.batch // processes.world, []
+    batch = torch.stack(pixels).repeat(math.ceil(n / count), 1, 1, 1)[:n]
     for step in range(args.benchmark + 2):
         marks = []
 
@@ -455,8 +458,8 @@ def benchmark(args, images, diffusion, weights, processes, amp):
 
         mark()
         x0 = diffusion.encode(batch.to(device) / 127.5 - 1)
-        t, eps, drop, _ = draw_step(args.seed, step, args.batch, diffusion.shape, args, diffusion.path, device)
-        y = torch.zeros(args.batch, dtype=torch.long, device=device) if diffusion.classes else None
+        t, eps, drop, _ = draw_step(args.seed, step, n, diffusion.shape, args, diffusion.path, device)
+        y = torch.zeros(n, dtype=torch.long, device=device) if diffusion.classes else None
         mark()
         with context():
             loss = diffusion_loss(diffusion, network, x0, eps, t, y, drop, weights).mean()
@@ -469,18 +472,18 @@ def benchmark(args, images, diffusion, weights, processes, amp):
         mark()
         parts.append(np.diff(marks))
     parts = np.median(parts[2:], 0)  # the first two warm up
-    rate, own = flops_per_image(diffusion, device) * args.batch / parts.sum(), matmul_rate(device, dtype)
-    print(f"step             {parts.sum() * 1e3:8.1f} ms = " + " + ".join(
+    rate, own = flops_per_image(diffusion, device) * n / parts.sum(), matmul_rate(device, dtype)
+    say(f"step             {parts.sum() * 1e3:8.1f} ms = " + " + ".join(
         f"{ms * 1e3:.1f} {name}" for ms, name in zip(parts, ("data", "forward", "backward", "optimizer"))))  # fmt: skip
-    print(f"training         {args.batch / parts.sum():8.1f} images/s, batch {args.batch}, median of {args.benchmark} steps")
-    print(f"arithmetic       {rate / 1e9:8.1f} GFLOP/s, {rate / own:.0%} of this machine's {own / 1e9:.0f} in one matrix product")
+    say(f"training         {n * processes.world / parts.sum():8.1f} images/s, batch {n} x {processes.world}, median of {args.benchmark} steps")
+    say(f"arithmetic       {rate / 1e9:8.1f} GFLOP/s a process, {rate / own:.0%} of its {own / 1e9:.0f} in one matrix product")
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
     else:
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(f"peak memory      {peak / 2**20:8.0f} MiB")
+    say(f"peak memory      {peak / 2**20:8.0f} MiB")
 
 
 # ---- training ---------------------------------------------------------------------------------------------
@@ -521,6 +524,7 @@ def main(args):
     if args.benchmark:
         images.thin(2**24 // args.size**2)
     checkpoint = None if args.benchmark else open_run(args)
+    processes.barrier()  # all have looked before any writes
     if checkpoint and checkpoint["step"] >= args.steps:
         return finished(args, say, checkpoint["step"], again=True)
 
@@ -548,8 +552,7 @@ def main(args):
     amp, dtype = autocast(args, device)
     if args.benchmark:
         return benchmark(args, images, diffusion, weights, processes, (amp, dtype))
-    optimizer, ema = make_optimizer(network, args), AveragedModel(network, multi_avg_fn=ema_update(args.ema))
-    ema.module.eval().requires_grad_(False)
+    optimizer, ema = make_optimizer(network, args), copy.deepcopy(network).eval().requires_grad_(False)
     # Without fp16 the scale is 1 and only the skipping of non-finite steps is used.
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if dtype == torch.float16 else 1.0,
                                   growth_interval=2000 if dtype == torch.float16 else 2**31 - 1)  # fmt: skip
@@ -558,12 +561,11 @@ def main(args):
     step = 0
     if checkpoint:
         load_weights(network, checkpoint["model"], folder)
-        load_weights(ema.module, checkpoint["ema"], folder)
+        load_weights(ema, checkpoint["ema"], folder)
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
         step = checkpoint["step"]
-        ema.n_averaged.fill_(step)
-    sampled = Diffusion(config, ema.module)
+    sampled = Diffusion(config, ema)
     order = DataOrder(store.count, args.batch, args.seed)
     epochs = args.steps * args.batch / store.count
     say(f"data     {store.how}" + (f", {len(classes)} classes" if classes else ", no classes"))
@@ -575,7 +577,7 @@ def main(args):
     def save():
         if processes.main:
             state = {
-                "model": network.state_dict(), "ema": ema.module.state_dict(), "optimizer": optimizer.state_dict(),
+                "model": network.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(), "step": step, "images_seen": step * args.batch, "config": config,
                 # the data order and every random draw of the steps to come follow from these two and images_seen
                 "random": {"seed": args.seed, "next_step": step}, "args": plain_arguments(args),
@@ -613,7 +615,7 @@ def main(args):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        ema.update_parameters(network)
+        update_ema(ema, network, step, args.ema)
         step += 1
         bar.update(args.batch)
 
@@ -661,10 +663,11 @@ def finished(args, say, step, again=False):
     say(f"  sample   python sample.py {args.out} --n 64")
     if again:
         say(f"  go on    the same command with --steps {2 * step}")
-    say("  your own python train_diffusion.py --data FOLDER_OR_ZIP --size 64")
+    if args.data.startswith("dead-leaves"):
+        say("  your own python train_diffusion.py --data FOLDER_OR_ZIP --size 64")
 
 
-if __name__ == "__main__":
+def make_parser():
     flag = argparse.BooleanOptionalAction
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -673,10 +676,10 @@ if __name__ == "__main__":
     add("--out", metavar="RUN", help="run folder (default: runs/DATA-SIZE-SPACE-MODEL)")
     add("--space", default="dct", choices=("dct", "pixel"), help="what is diffused (default: dct)")
     add("--model", default="dit-nano", metavar="NAME", help="uvit-nano|tiny|s|m|l|h or dit-nano|tiny|s|b|l|xl, in pixel space with /PATCH (default: dit-nano)")
-    two = "(default: {} for nano and tiny models, {} for others)"
 
     def both(name):
-        return two.format(*(" ".join(map(str, d[name])) if isinstance(d[name], list) else d[name] for d in (TINY, PUBLISHED)))
+        values = (" ".join(map(str, d[name])) if isinstance(d[name], list) else d[name] for d in (TINY, PUBLISHED))
+        return "(default: {} for nano and tiny models, {} for others)".format(*values)
 
     add("--path", choices=("vp", "flow"), help=f"noise path {both('path')}")
     add("--predict", choices=("eps", "v", "x0"), help=f"what the network predicts {both('predict')}")
@@ -709,4 +712,8 @@ if __name__ == "__main__":
     add("--save-every", type=int, default=500, metavar="N", help="steps between checkpoints (default: 500)")
     add("--fresh", action="store_true", help="never resume: --out must be empty")
     add("--benchmark", type=int, default=0, metavar="N", help="time N steps part by part, train nothing (default: 0, off)")
-    run_program(main, parser.parse_args())
+    return parser
+
+
+if __name__ == "__main__":
+    run_program(main, make_parser().parse_args())

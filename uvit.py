@@ -106,9 +106,9 @@ class UViT(nn.Module):
         """
         maps = x.ndim == 4
         x = self.patch_embed(x) if maps else self.proj(x)  # (N, L, D)
-        extras = [self.time_embed(timestep_features(t, self.embed_dim).to(x.dtype))]
+        extras = [self.time_embed(timestep_features(t, self.embed_dim).to(self.pos_embed.dtype))]
         if self.num_classes > 0:
-            extras.insert(0, self.label_emb(y if drop is None else torch.where(drop, self.null_class, y)).to(x.dtype))
+            extras.insert(0, self.label_emb(y if drop is None else torch.where(drop, self.null_class, y)))
         x = torch.cat((torch.stack(extras, 1), x), 1) + self.pos_embed  # (N, extras + L, D)
 
         skips, hidden = [], None
