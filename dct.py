@@ -299,7 +299,9 @@ def main(args):
     try:
         Image.fromarray(x.numpy().astype(pixels.dtype)).save(args.output)
     except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"dct.py: cannot write {args.output} ({error}); name a file that ends in .png, in a folder that exists")
+        sys.exit(
+            f"dct.py: cannot write {args.output} ({error}); name a file that ends in .png, in a folder that exists"
+        )
     print(f"{args.input} {image.width}x{image.height} -> {args.output} {2 * image.width}x{2 * image.height}")
 
 

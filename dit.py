@@ -192,7 +192,11 @@ class DiT(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.x_embedder.proj.weight.shape[0], -1))
         nn.init.zeros_(self.x_embedder.proj.bias)
-        for table in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.y_embedder and self.y_embedder.embedding_table):
+        for table in (
+            self.t_embedder.mlp[0],
+            self.t_embedder.mlp[2],
+            self.y_embedder and self.y_embedder.embedding_table,
+        ):
             if table is not None:
                 nn.init.normal_(table.weight, std=0.02)
         for zeroed in (*(b.adaLN_modulation[1] for b in self.blocks), self.final_layer.adaLN_modulation[1],

@@ -106,19 +106,20 @@ class Images(Dataset):
     """
 
     def __init__(self, spec, size):
-        self.spec, self.size, self.labels, self.classes, self._zips, self._unreadable = spec, size, None, None, {}, set()
-        kind, _, option = spec.partition(":")
-        self.kind, self.option, self.path = kind, option, Path(spec)
+        self.spec, self.size, self.path = spec, size, Path(spec)
+        self.labels, self.classes, self._zips, self._unreadable = None, None, {}, set()
+        self.kind, _, self.option = spec.partition(":")
         if spec in ("dead-leaves", "dead-leaves:full"):
             self.names = range(DEAD_LEAVES)
         elif spec in ("cifar10", "cifar10:test"):
             from torchvision.datasets import CIFAR10
 
             try:
-                data = CIFAR10("data", train=not option, download=True)
+                data = CIFAR10("data", train=not self.option, download=True)
             except Exception as error:  # torchvision lets whatever its download met through
                 raise InputError(f"--data {spec}: torchvision could not download it to ./data ({error})") from error
-            self.names, self.pixels, self.labels, self.classes = range(len(data)), data.data, data.targets, data.classes
+            self.names, self.pixels = range(len(data)), data.data
+            self.labels, self.classes = data.targets, data.classes
         else:
             self._list_files()
 
@@ -140,16 +141,17 @@ class Images(Dataset):
             state = "is neither a folder nor a .zip" if self.path.exists() else "does not exist"
             raise InputError(f"--data {self.spec}: {state}; it takes {known}")
         hidden = ("__MACOSX", ".")
-        self.names = [
-            f for f in files if Path(f).suffix.lower() in EXTENSIONS and not any(p.startswith(hidden) for p in f.split("/"))
-        ]
+        files = [file for file in files if not any(part.startswith(hidden) for part in file.split("/"))]
+        self.names = [file for file in files if os.path.splitext(file)[1].lower() in EXTENSIONS]
         if not self.names:
             raise InputError(f"--data {self.spec}: no image in it ({len(files)} files; {' '.join(sorted(EXTENSIONS))})")
         if labels:
             labels = dict(labels)
             missing = [name for name in self.names if name not in labels]
             if missing:
-                raise InputError(f"--data {self.spec}: dataset.json has no label for {missing[0]} and {len(missing) - 1} more")
+                raise InputError(
+                    f"--data {self.spec}: dataset.json gives {len(missing)} images no label, {missing[0]} the first"
+                )
             self.labels = [int(labels[name]) for name in self.names]
             self.classes = [str(c) for c in range(max(self.labels) + 1)]
             return
@@ -435,7 +437,9 @@ def make_codec(config):
     try:
         return DCTCodec(config["size"], config["block"], config["keep"], config["eta"])
     except ValueError as error:
-        raise InputError(f"--size {config['size']} --block {config['block']} --keep {config['keep']}: {error}") from error
+        raise InputError(
+            f"--size {config['size']} --block {config['block']} --keep {config['keep']}: {error}"
+        ) from error
 
 
 class Diffusion:
@@ -491,12 +495,16 @@ def read_checkpoint(path):
     if not file.exists():
         if not path.exists():
             raise InputError(f"{path}: no such run folder or checkpoint")
-        partial = " (checkpoint.pt.tmp is being written, or its writing was cut off)" if Path(f"{file}.tmp").exists() else ""
-        raise InputError(f"{path}: no checkpoint.pt in it yet{partial}; training writes one at --save-every and at its end")
+        partial = " (one is being written, or its writing was cut off)" if Path(f"{file}.tmp").exists() else ""
+        raise InputError(
+            f"{path}: no checkpoint.pt in it yet{partial}; training writes it at --save-every and at its end"
+        )
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise InputError(f"{file}: refused, it holds more than tensors and plain values, or is no checkpoint") from error
+        raise InputError(
+            f"{file}: refused, it holds more than tensors and plain values, or is no checkpoint"
+        ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         raise InputError(f"{file}: cannot be read as a checkpoint ({str(error).splitlines()[0]})") from error
     missing = {"config", "model", "ema", "step"} - set(checkpoint if isinstance(checkpoint, dict) else ())
@@ -506,13 +514,15 @@ def read_checkpoint(path):
 
 
 def load_weights(network, state, source):
-    """Strict load, the prefixes that DDP and torch.compile leave stripped. Raises InputError on another architecture."""
+    """Strict load, the prefixes of DDP and torch.compile stripped. Raises InputError on another architecture."""
     state = {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in state.items()}
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        lines = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
-        raise InputError(f"{source}: weights of another architecture than {type(network).__name__} here: {lines[:300]}") from error
+        lines = "; ".join(line.strip() for line in str(error).splitlines()[1:3])[:300]
+        raise InputError(
+            f"{source}: weights of another architecture than this {type(network).__name__}: {lines}"
+        ) from error
 
 
 # ---- sampling ---------------------------------------------------------------------------------------------
@@ -525,7 +535,8 @@ def generator(*numbers, device="cpu"):
 
 
 @torch.no_grad()
-def generate(diffusion, indices, seed, device, y=None, sampler=None, steps=50, guidance=1.0, interval=(0.0, 1.0), trace=None):
+def generate(diffusion, indices, seed, device, y=None, sampler=None, steps=50, guidance=1.0, interval=(0.0, 1.0),
+             trace=None):  # fmt: skip
     """Images number `indices` of a seed -> (n, 3, S, S) in [-1, 1]. The noise of each comes from (seed, its index).
 
     y (n,) classes on `device`, or None. trace(t, images): called with the prediction of x0 at every evaluation.
@@ -678,7 +689,10 @@ def frechet_distance(samples, reference, features, weights, device, batch):
 
 
 def score(files, protocol, args, device, size):
-    """Frechet distance of PNG files to `--score` data through the training crop, printed and saved with its protocol."""
+    """Frechet distance of PNG files to `--score` data through the training crop, printed and saved with its protocol.
+
+    Raises InputError where the sizes do not match.
+    """
     samples, reference = Images(str(files[0].parent), size), Images(args.score, size)
     for i, (data, name) in enumerate(((samples, f"--out {files[0].parent}"), (reference, f"--score {args.score}"))):
         with data.open(0) as image:
@@ -688,13 +702,15 @@ def score(files, protocol, args, device, size):
                     "sizes compares nothing; give a reference at least as large"
                 )
     counts = len(files), len(reference)
-    value = frechet_distance(Subset(samples, range(len(files))), reference, args.features, args.features_weights, device, args.batch)
+    samples = Subset(samples, range(len(files)))
+    value = frechet_distance(samples, reference, args.features, args.features_weights, device, args.batch)
+    crop = f"centre, box halving, bicubic to {size}"
     result = {"frechet_distance": value, "features": args.features, "images": counts[0], "reference": args.score,
-              "reference_images": counts[1], "crop": f"centre, box halving, bicubic to {size}", "format": "PNG", **protocol}  # fmt: skip
+              "reference_images": counts[1], "crop": crop, "format": "PNG", **protocol}  # fmt: skip
     for key, entry in result.items():
         print(f"  {key:18} {entry}")
     if min(counts) < 10_000:
-        print(f"  note: {min(counts)} images; below 10,000 a Frechet distance is biased upwards, compare at equal counts only")
+        print(f"  note: {min(counts)} images; below 10,000 the distance is biased upwards: compare equal counts only")
     with (files[0].parent.parent / "scores.jsonl").open("a") as log:
         log.write(json.dumps({"folder": files[0].parent.name, **result}) + "\n")
     return value
@@ -717,7 +733,7 @@ def trajectory(diffusion, protocol, args, stem, device, columns=10, rows=8):
     print(f"x0 predictions, noise on the left: {save_grid(strip, f'{stem}-trajectory.png', len(shown) + 1)}")
     power = psd(final).mean(0)  # (bands,)
     shares = torch.stack([psd(images).mean(0) / power for _, images in shown], 1).cpu()  # (bands, columns)
-    noise = 1.0 if diffusion.codec is None else diffusion.codec.eta / 127.5  # its std per coefficient, as pixels in [-1, 1]
+    noise = diffusion.codec.eta / 127.5 if diffusion.codec else 1.0  # std of a coefficient's noise, images in [-1, 1]
     t = torch.linspace(1e-3, 1, 1000, dtype=torch.float64)
     alpha, sigma = diffusion.path.alpha_sigma(t)
     drowned = [t[((alpha / sigma) ** 2 * p / noise**2 < 1).nonzero()[0, 0]].item() for p in power.tolist()]
@@ -754,11 +770,13 @@ def main(args):
     samplers = SAMPLERS[config["path"]]
     sampler = args.sampler or next(iter(samplers))
     if sampler not in samplers:
-        raise InputError(f"--sampler {sampler}: not for the {config['path']} path of this model; it takes {', '.join(samplers)}")
+        raise InputError(
+            f"--sampler {sampler}: not for this model's {config['path']} path, which takes {', '.join(samplers)}"
+        )
     if config["classes"] is None and args.guidance != 1:
         raise InputError(f"--guidance {args.guidance}: this model was trained without classes, nothing can guide it")
     if args.guidance != 1 and not config["label_dropout"]:
-        raise InputError(f"--guidance {args.guidance}: this model was trained with --label-dropout 0 and knows no null class")
+        raise InputError(f"--guidance {args.guidance}: trained with --label-dropout 0, this model knows no null class")
     diffusion = Diffusion(config)
     load_weights(diffusion.network, checkpoint["model" if args.no_ema else "ema"], args.run)
     diffusion.network.to(device).eval()
@@ -803,13 +821,18 @@ def make_parser():
     parser.add_argument("--grid", help="file of the grid, all n in it (default: beside --out, the first 64)")
     parser.add_argument("--batch", type=int, default=64, help="images at a time, in each process")
     parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone")
-    parser.add_argument("--sampler", help="vp: dpm++ ddim ddpm euler-ode euler-sde; flow: euler heun sde (default: the first)")
+    parser.add_argument(
+        "--sampler", help="vp: dpm++ ddim ddpm euler-ode euler-sde; flow: euler heun sde (default: first)"
+    )
     parser.add_argument("--steps", type=int, default=50, help="sampler steps")
     parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 is none")
-    parser.add_argument("--guidance-interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("A", "B"), help="t guided")
+    interval = dict(nargs=2, default=[0.0, 1.0], metavar=("A", "B"), help="t between which guidance acts")
+    parser.add_argument("--guidance-interval", type=float, **interval)
     parser.add_argument("--classes", nargs="+", help="names or numbers, dealt in turn (default: all)")
     parser.add_argument("--no-ema", action="store_true", help="sample the raw weights instead of their average")
-    parser.add_argument("--score", metavar="SPEC", help="Frechet distance to this data (as --data of train_diffusion.py)")
+    parser.add_argument(
+        "--score", metavar="SPEC", help="Frechet distance to this data (as --data of train_diffusion.py)"
+    )
     parser.add_argument("--features", default="inception", help="inception, or a torch.hub encoder REPO:ENTRY")
     parser.add_argument("--features-weights", metavar="FILE", help="local Inception weights (default: downloaded)")
     parser.add_argument("--trajectory", action="store_true", help="only show one sampling run, band by band")

@@ -1,6 +1,6 @@
 """Radial spectra of images: the frequency measures of Spectrum Matching (Ning et al., 2026, arXiv 2603.14645).
 
-    psd(images)             # (N, 3, 64, 64) -> (N, 16): power per radial band, low to high
+psd(images)             # (N, 3, 64, 64) -> (N, 16): power per radial band, low to high
 """
 
 import math

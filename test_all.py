@@ -231,7 +231,9 @@ def test_upsampling_equals_the_formula():
     gain = 0.5 * np.cos(k * np.pi / (4 * B))[:, None] * np.cos(k * np.pi / (4 * B))
     high = np.zeros((16, 16))
     high[:8, :8] = scipy.fft.dctn(x, norm="ortho") / gain
-    np.testing.assert_allclose(dct.upsample(torch.from_numpy(x)).numpy(), scipy.fft.idctn(high, norm="ortho"), atol=1e-12)
+    np.testing.assert_allclose(
+        dct.upsample(torch.from_numpy(x)).numpy(), scipy.fft.idctn(high, norm="ortho"), atol=1e-12
+    )
 
 
 # ---- spectra ----------------------------------------------------------------------------------------------
@@ -255,9 +257,17 @@ def test_psd_by_loops():
 
 
 def dit_keys(depth, classes=True):
-    linear = ["x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "final_layer.linear", "final_layer.adaLN_modulation.1"]
+    linear = [
+        "x_embedder.proj",
+        "t_embedder.mlp.0",
+        "t_embedder.mlp.2",
+        "final_layer.linear",
+        "final_layer.adaLN_modulation.1",
+    ]
     for n in range(depth):
-        linear += [f"blocks.{n}.{part}" for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")]
+        linear += [
+            f"blocks.{n}.{part}" for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
+        ]
     keys = {f"{name}.{kind}" for name in linear for kind in ("weight", "bias")} | {"pos_embed"}
     return keys | ({"y_embedder.embedding_table.weight"} if classes else set())
 
@@ -265,7 +275,9 @@ def dit_keys(depth, classes=True):
 def uvit_keys(depth, classes=True, tokens=False, time_mlp=False, conv=True):
     embed = "proj" if tokens else "patch_embed.proj"
     keys = {"pos_embed", f"{embed}.weight", f"{embed}.bias", "norm.weight", "norm.bias"}
-    blocks = [f"in_blocks.{n}" for n in range(depth // 2)] + ["mid_block"] + [f"out_blocks.{n}" for n in range(depth // 2)]
+    blocks = (
+        [f"in_blocks.{n}" for n in range(depth // 2)] + ["mid_block"] + [f"out_blocks.{n}" for n in range(depth // 2)]
+    )
     for block in blocks:
         keys.add(f"{block}.attn.qkv.weight")  # no bias
         parts = ["norm1", "norm2", "attn.proj", "mlp.fc1", "mlp.fc2"] + ["skip_linear"] * block.startswith("out")
@@ -281,7 +293,10 @@ def test_published_keys_and_shapes():
         assert set(state) == dit_keys(28)
         assert state["pos_embed"] == (1, 64, 1152) and state["y_embedder.embedding_table.weight"] == (1001, 1152)
         assert state["x_embedder.proj.weight"] == (1152, 4, 4, 4) and state["final_layer.linear.weight"] == (128, 1152)
-        assert state["blocks.27.adaLN_modulation.1.weight"] == (6912, 1152) and state["t_embedder.mlp.0.weight"] == (1152, 256)
+        assert state["blocks.27.adaLN_modulation.1.weight"] == (6912, 1152) and state["t_embedder.mlp.0.weight"] == (
+            1152,
+            256,
+        )
         assert state["blocks.0.attn.qkv.bias"] == (3456,) and state["blocks.0.mlp.fc1.weight"] == (4608, 1152)
 
         net = UViT(32, 2, 4, 1152, 28, 16, num_classes=1001, conv=False)
@@ -293,7 +308,11 @@ def test_published_keys_and_shapes():
         net = UViT(num_tokens=1024, token_dim=48, mlp_time_embed=True, **UVIT_SIZES["m"])  # DCTdiff on FFHQ 256
         state = {k: tuple(v.shape) for k, v in net.state_dict().items()}
         assert set(state) == uvit_keys(16, classes=False, tokens=True, time_mlp=True)
-        assert state["proj.weight"] == (768, 48) and state["decoder_pred.weight"] == (48, 768) and state["pos_embed"] == (1, 1025, 768)
+        assert (
+            state["proj.weight"] == (768, 48)
+            and state["decoder_pred.weight"] == (48, 768)
+            and state["pos_embed"] == (1, 1025, 768)
+        )
         net = UViT(32, 2, 3, 512, 12, 8)
         assert set(net.state_dict()) == uvit_keys(12, classes=False)
         assert net.state_dict()["final_layer.weight"].shape == (3, 3, 3, 3)
@@ -320,8 +339,8 @@ def linear(w, name, x):
 
 
 def plain_features(t, dim):
-    return torch.stack([torch.tensor([np.cos(v * 10000 ** (-i / (dim // 2))) for i in range(dim // 2)]
-                                     + [np.sin(v * 10000 ** (-i / (dim // 2))) for i in range(dim // 2)]) for v in t.tolist()])  # fmt: skip
+    frequencies = [10000 ** (-i / (dim // 2)) for i in range(dim // 2)]
+    return torch.tensor([[np.cos(v * w) for w in frequencies] + [np.sin(v * w) for w in frequencies] for v in t.tolist()])
 
 
 def plain_unpatchify(x, p, c):
@@ -386,7 +405,11 @@ def randomised(net, seed=0):
 
 def test_networks_equal_plain_ones():
     g = torch.Generator().manual_seed(1)
-    x, t, y = torch.randn(3, 4, 8, 8, generator=g, dtype=torch.float64), torch.tensor([0.0, 12.5, 999.0]), torch.tensor([0, 7, 3])
+    x, t, y = (
+        torch.randn(3, 4, 8, 8, generator=g, dtype=torch.float64),
+        torch.tensor([0.0, 12.5, 999.0]),
+        torch.tensor([0, 7, 3]),
+    )
     dit = randomised(DiT(8, 2, 4, 24, 3, 4, num_classes=7, learn_sigma=True)).eval()
     assert (dit(x, t, y) - plain_dit(dit.state_dict(), x, t, y, 3, 4, 2, 8)).abs().max() < 1e-5
     for time_mlp in (False, True):
@@ -405,9 +428,13 @@ def test_dit_positions_are_the_published_ones():
 
 NETWORKS = {
     "dit maps": lambda: DiT(8, 2, 3, 16, 4, 2, num_classes=5, learn_sigma=False),
-    "dit tokens": lambda: DiT(num_tokens=16, token_dim=6, hidden_size=16, depth=4, num_heads=2, num_classes=5, learn_sigma=False),
+    "dit tokens": lambda: DiT(
+        num_tokens=16, token_dim=6, hidden_size=16, depth=4, num_heads=2, num_classes=5, learn_sigma=False
+    ),
     "uvit maps": lambda: UViT(8, 2, 3, 16, 4, 2, num_classes=6),
-    "uvit tokens": lambda: UViT(num_tokens=16, token_dim=6, embed_dim=16, depth=4, num_heads=2, num_classes=6, mlp_time_embed=True),
+    "uvit tokens": lambda: UViT(
+        num_tokens=16, token_dim=6, embed_dim=16, depth=4, num_heads=2, num_classes=6, mlp_time_embed=True
+    ),
 }
 
 
@@ -415,7 +442,12 @@ NETWORKS = {
 def test_networks_gradients_null_class_and_tap(name):
     net = randomised(NETWORKS[name]()).float()
     shape = (4, 3, 8, 8) if "maps" in name else (4, 16, 6)
-    x, t, y, drop = torch.randn(shape), torch.rand(4), torch.tensor([0, 1, 2, 4]), torch.tensor([True, False, False, True])
+    x, t, y, drop = (
+        torch.randn(shape),
+        torch.rand(4),
+        torch.tensor([0, 1, 2, 4]),
+        torch.tensor([True, False, False, True]),
+    )
     out, hidden = net(x, t, y, drop, tap=2)
     assert out.shape == shape and hidden.shape == (4, 16, 16)
     out.square().sum().backward()
@@ -430,9 +462,16 @@ def test_networks_gradients_null_class_and_tap(name):
 
 def test_networks_without_classes_and_bad_shapes():
     for net in (DiT(8, 4, 3, 8, 1, 1, num_classes=0), UViT(8, 4, 3, 8, 2, 1)):
-        assert not any("emb" in k and ("label" in k or "table" in k) for k in net.state_dict()) and net.null_class is None
+        assert (
+            not any("emb" in k and ("label" in k or "table" in k) for k in net.state_dict()) and net.null_class is None
+        )
         net(torch.randn(2, 3, 8, 8), torch.rand(2))
-    for bad in (lambda: DiT(9, 2), lambda: UViT(9, 2), lambda: DiT(num_tokens=15, token_dim=4), lambda: UViT(8, 2, embed_dim=10, num_heads=3)):
+    for bad in (
+        lambda: DiT(9, 2),
+        lambda: UViT(9, 2),
+        lambda: DiT(num_tokens=15, token_dim=4),
+        lambda: UViT(8, 2, embed_dim=10, num_heads=3),
+    ):
         with pytest.raises(ValueError):
             bad()
 
@@ -511,14 +550,19 @@ def run_sampler(kind, name, steps, n, c=2.0):
     noise = lambda: torch.randn(n, 1, generator=g, dtype=torch.float64)
     z = noise()
     x = SAMPLERS[kind][name](gaussian_denoiser(path), path, z, steps, noise)
-    spread = lambda t: (lambda a, s: (a * MU, (a**2 * STD**2 + s**2).sqrt()))(*path.alpha_sigma(torch.tensor(t, dtype=torch.float64)))
+    spread = lambda t: (lambda a, s: (a * MU, (a**2 * STD**2 + s**2).sqrt()))(
+        *path.alpha_sigma(torch.tensor(t, dtype=torch.float64))
+    )
     (mean1, std1), (mean0, std0) = spread(1.0), spread(float(path.T_END))
     if name in ("ddpm", "euler-sde", "sde"):
         return max(abs(x.mean() - mean0), abs(x.std() - std0)).item()
     return (x - (mean0 + std0 * (z - mean1) / std1)).abs().max().item()
 
 
-@pytest.mark.parametrize("kind, name, order", [("vp", "dpm++", 2), ("vp", "ddim", 1), ("vp", "euler-ode", 1), ("flow", "euler", 1), ("flow", "heun", 2)])  # fmt: skip
+ODE_ORDERS = [("vp", "dpm++", 2), ("vp", "ddim", 1), ("vp", "euler-ode", 1), ("flow", "euler", 1), ("flow", "heun", 2)]
+
+
+@pytest.mark.parametrize("kind, name, order", ODE_ORDERS)
 def test_ode_samplers_reach_the_exact_solution_at_their_order(kind, name, order):
     coarse, middle, fine = (run_sampler(kind, name, steps, 500) for steps in (32, 64, 128))
     assert fine < (0.03 if order == 1 else 1e-3)
@@ -543,10 +587,14 @@ def test_every_combination_trains_and_samples():
                                   label_dropout=0.1, block=4, keep=9, eta=400.0)  # fmt: skip
                     diffusion = sample.Diffusion(config)
                     x0, y = diffusion.encode(x), torch.tensor([0, 1])
-                    loss = train_diffusion.diffusion_loss(diffusion, diffusion.network, x0, torch.randn_like(x0), torch.tensor([0.2, 1.0]), y)
+                    loss = train_diffusion.diffusion_loss(
+                        diffusion, diffusion.network, x0, torch.randn_like(x0), torch.tensor([0.2, 1.0]), y
+                    )
                     assert loss.shape == (2,) and loss.isfinite().all()
                     for sampler in SAMPLERS[path]:
-                        images = sample.generate(diffusion, [0, 1], 0, "cpu", y, sampler, 2, guidance=2.0, interval=(0.1, 0.9))
+                        images = sample.generate(
+                            diffusion, [0, 1], 0, "cpu", y, sampler, 2, guidance=2.0, interval=(0.1, 0.9)
+                        )
                         assert images.shape == (2, 3, 16, 16) and images.isfinite().all()
 
 
@@ -559,7 +607,9 @@ def test_guidance_and_its_interval():
     expected = at(0.5, null) + 3 * (at(0.5, y) - at(0.5, null))
     assert torch.allclose(at(0.5, y, 3.0), expected, atol=1e-4)
     assert torch.allclose(at(0.5, y, 0.0), at(0.5, null), atol=1e-5)
-    assert torch.equal(at(0.05, y, 3.0, (0.1, 0.9)), at(0.05, y)) and not torch.allclose(at(0.5, y, 3.0, (0.1, 0.9)), at(0.5, y))
+    assert torch.equal(at(0.05, y, 3.0, (0.1, 0.9)), at(0.05, y)) and not torch.allclose(
+        at(0.5, y, 3.0, (0.1, 0.9)), at(0.5, y)
+    )
 
 
 # ---- images -----------------------------------------------------------------------------------------------
@@ -578,7 +628,8 @@ def test_images_of_every_mode_and_size(tmp_path):
     pictures = {
         "grey": Image.fromarray(ramp), "palette": Image.fromarray(ramp).convert("P"), "pixel": Image.new("RGB", (1, 1), "red"),
         "rgba": Image.new("RGBA", (9, 30), (255, 0, 0, 0)), "cmyk": Image.new("CMYK", (20, 12), (0, 255, 255, 0)),
-        "deep": Image.fromarray(ramp.astype(np.uint16) * 257), "two": Image.new("1", (8, 8), 1), "wide": Image.new("RGB", (500, 3), "blue"),
+        "deep": Image.fromarray(ramp.astype(np.uint16) * 257), "two": Image.new("1", (8, 8), 1),
+        "wide": Image.new("RGB", (500, 3), "blue"),
     }  # fmt: skip
     for name, picture in pictures.items():
         picture.save(tmp_path / f"{name}.{'tif' if name == 'cmyk' else 'png'}")
@@ -595,7 +646,9 @@ def test_images_of_every_mode_and_size(tmp_path):
 
 def test_crop_equals_pillow_steps():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 100, 3), dtype=np.uint8))
-    square = image.crop((15, 0, 85, 70)).resize((35, 35), Image.Resampling.BOX).resize((20, 20), Image.Resampling.BICUBIC)
+    square = (
+        image.crop((15, 0, 85, 70)).resize((35, 35), Image.Resampling.BOX).resize((20, 20), Image.Resampling.BICUBIC)
+    )
     assert np.array_equal(np.asarray(sample.center_crop(image, 20)), np.asarray(square))
 
 
@@ -626,9 +679,13 @@ def test_data_layouts(tmp_path):
 
 
 def test_dead_leaves_follow_their_model():
-    assert np.array_equal(sample.dead_leaves(3, 32), sample.dead_leaves(3, 32)) and not np.array_equal(sample.dead_leaves(3, 32), sample.dead_leaves(4, 32))
+    assert np.array_equal(sample.dead_leaves(3, 32), sample.dead_leaves(3, 32)) and not np.array_equal(
+        sample.dead_leaves(3, 32), sample.dead_leaves(4, 32)
+    )
     few = [len(np.unique(sample.dead_leaves(i, 64)[::3, ::3].reshape(-1, 3), axis=0)) for i in range(8)]
-    power = psd(torch.stack([torch.from_numpy(sample.dead_leaves(i, 64, True)).permute(2, 0, 1).float() for i in range(24)])).mean(0)
+    power = psd(
+        torch.stack([torch.from_numpy(sample.dead_leaves(i, 64, True)).permute(2, 0, 1).float() for i in range(24)])
+    ).mean(0)
     slope = np.polyfit(np.log(np.arange(2, 13)), np.log(power[1:12].numpy()), 1)[0]
     assert max(few) < 60 and -4 < slope < -2  # a power law; -2 would need leaves of every size
 
@@ -671,15 +728,17 @@ def test_memory_file_and_on_the_fly_give_the_same_images(tmp_path, monkeypatch, 
 def test_data_order_visits_every_image_once_an_epoch():
     order = train_diffusion.DataOrder(10, 4, seed=0)
     seen = torch.cat([order(step) for step in range(5)])
-    assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10)) and not torch.equal(seen[:10], seen[10:])
+    assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10)) and not torch.equal(
+        seen[:10], seen[10:]
+    )
     assert torch.equal(train_diffusion.DataOrder(10, 4, seed=0)(3), seen[12:16])
     assert len(train_diffusion.DataOrder(3, 8, seed=0)(2)) == 8  # a batch larger than the set
 
 
 # ---- the programs, tiny -----------------------------------------------------------------------------------
 
-TINY = ["--size", "16", "--model", "dit-nano", "--batch", "8", "--seed", "3", "--workers", "0", "--device", "cpu", "--lr-decay", "none",
-        "--warmup", "1", "--lr", "1e-3", "--log-every", "1", "--eval-every", "1000", "--save-every", "1000"]  # fmt: skip
+TINY = ["--size", "16", "--model", "dit-nano", "--batch", "8", "--seed", "3", "--workers", "0", "--device", "cpu",
+        "--lr-decay", "none", "--warmup", "1", "--lr", "1e-3", "--log-every", "1", "--eval-every", "1000", "--save-every", "1000"]  # fmt: skip
 
 
 def train(*flags):
@@ -692,7 +751,11 @@ def sampling(*flags):
 
 def command(*words, processes=0, check=True, **environment):
     """A real command in its own process, or in several under torchrun."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else [sys.executable]
+    start = (
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        if processes
+        else [sys.executable]
+    )
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
     result = subprocess.run([*start, *map(str, words)], capture_output=True, text=True, env=env, cwd=HERE)
     assert not check or result.returncode == 0, result.stderr[-3000:]
@@ -741,17 +804,27 @@ def test_training_lowers_the_loss_and_leaves_its_files(tmp_path, capsys):
     x0 = torch.stack([Images(str(data), 16)[i] for i in range(4)]) / 127.5 - 1
     config = checkpoint(run)["config"]
     x0 = sample.Diffusion(config).encode(x0)
-    weight = torch.sigmoid(0.5 + torch.randn(100_000, generator=torch.Generator().manual_seed(0))).square().add(0.04).reciprocal().mean()
+    weight = (
+        torch.sigmoid(0.5 + torch.randn(100_000, generator=torch.Generator().manual_seed(0)))
+        .square()
+        .add(0.04)
+        .reciprocal()
+        .mean()
+    )
     assert 0.3 < zero / (x0.square().mean() * weight) < 3
     assert np.mean([line["loss"] for line in lines[-20:]]) < 0.35 * np.mean([line["loss"] for line in lines[:3]])
     assert all(line["grad_norm"] > 0 and line["images_per_s"] > 0 and line["skipped_steps"] == 0 for line in lines)
-    assert [line["step"] for line in lines] == list(range(1, 151)) and lines[-1]["images"] == 1200 and lines[-1]["epoch"] == 300
+    assert (
+        [line["step"] for line in lines] == list(range(1, 151))
+        and lines[-1]["images"] == 1200
+        and lines[-1]["epoch"] == 300
+    )
     bands = [line["x0_error_by_band"] for line in metrics(run) if "x0_error_by_band" in line]
     assert len(bands) == 2 and all(len(b) == 16 for b in bands[0].values()) and bands[1]["0.5"][0] < 0.9
     for step in (75, 150):
         assert Image.open(run / "samples" / f"step{step:07d}.png").size == (8 * 18 + 2, 8 * 18 + 2)
     out = capsys.readouterr().out
-    assert "eta" in out and "H(Cr)" in out and "PSNR" in out and f"sample.py {run}" in out and "--data" in out
+    assert "eta" in out and "H(Cr)" in out and "PSNR by keep" in out and f"sample.py {run}" in out and "--data" in out
     train("--data", data, "--out", run, "--steps", 150, "--eval-every", 75, "--lr", "2e-3")
     out = capsys.readouterr().out
     assert "finished" in out and "--steps 300" in out
@@ -767,21 +840,27 @@ def test_checkpoint_is_plain_and_whole(trained, data):
     assert abs(state["config"]["eta"] - statistics.eta()) < 1e-9
 
 
-@pytest.mark.parametrize("flags", [[], ["--space", "pixel", "--model", "uvit-nano/4", "--path", "vp", "--predict", "eps", "--no-classes"]])
+@pytest.mark.parametrize(
+    "flags", [[], ["--space", "pixel", "--model", "uvit-nano/4", "--path", "vp", "--predict", "eps", "--no-classes"]]
+)
 def test_n_and_n_steps_equal_2n_bit_for_bit(data, tmp_path, flags):
     train("--data", data, "--out", tmp_path / "whole", "--steps", 8, *flags)
     for steps in (4, 8):
         train("--data", data, "--out", tmp_path / "halves", "--steps", steps, *flags)
     a, b = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "halves")
     assert all(distance(a[k], b[k]) == 0 for k in ("model", "ema", "optimizer", "step", "config"))
-    assert [line.get("loss") for line in metrics(tmp_path / "whole")][:4] == [line.get("loss") for line in metrics(tmp_path / "halves")][:4]
+    assert [line.get("loss") for line in metrics(tmp_path / "whole")][:4] == [
+        line.get("loss") for line in metrics(tmp_path / "halves")
+    ][:4]
 
 
 def test_killed_and_resumed_equals_uninterrupted(data, tmp_path):
     flags = ["--data", data, "--steps", "40", "--save-every", "5", "--lr-decay", "linear"]
     train(*flags, "--out", tmp_path / "whole")
     words = [sys.executable, HERE / "train_diffusion.py", *TINY, *flags, "--out", tmp_path / "killed"]
-    with subprocess.Popen([*map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=HERE) as process:
+    with subprocess.Popen(
+        [*map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=HERE
+    ) as process:
         for _ in range(600):
             time.sleep(0.1)
             if (tmp_path / "killed" / "metrics.jsonl").exists() and len(metrics(tmp_path / "killed")) > 12:
@@ -832,7 +911,21 @@ def test_sample_i_depends_on_seed_and_i_alone(trained, tmp_path, capsys):
     keep = tmp_path / "one" / "000003.png"  # what exists is skipped, what is missing made again
     Image.new("RGB", (16, 16)).save(keep)
     (tmp_path / "one" / "000005.png").unlink()
-    sampling(trained, "--n", 9, "--steps", 3, "--sampler", "sde", "--guidance", 2, "--out", tmp_path / "one", "--npz", tmp_path / "a.npz")
+    sampling(
+        trained,
+        "--n",
+        9,
+        "--steps",
+        3,
+        "--sampler",
+        "sde",
+        "--guidance",
+        2,
+        "--out",
+        tmp_path / "one",
+        "--npz",
+        tmp_path / "a.npz",
+    )
     assert np.asarray(Image.open(keep)).max() == 0
     pixels = np.load(tmp_path / "a.npz")["arr_0"]
     assert pixels.shape == (9, 16, 16, 3) and pixels.dtype == np.uint8
@@ -855,7 +948,19 @@ def test_score_equals_frechet_distance_by_hand(trained, data, tmp_path, capsys):
         "def tiny():\n    return Tiny()\n"
         "def broken():\n    return torch.nn.Identity()\n"
     )
-    sampling(trained, "--n", 24, "--steps", 3, "--out", tmp_path / "out", "--score", data, "--features", f"{tmp_path / 'hub'}:tiny")
+    sampling(
+        trained,
+        "--n",
+        24,
+        "--steps",
+        3,
+        "--out",
+        tmp_path / "out",
+        "--score",
+        data,
+        "--features",
+        f"{tmp_path / 'hub'}:tiny",
+    )
     result = json.loads((tmp_path / "scores.jsonl").read_text())
     mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     features = []
@@ -865,7 +970,16 @@ def test_score_equals_frechet_distance_by_hand(trained, data, tmp_path, capsys):
     (mu1, s1), (mu2, s2) = ((f.mean(0), np.cov(f, rowvar=False)) for f in features)
     oracle = ((mu1 - mu2) ** 2).sum() + np.trace(s1 + s2 - 2 * scipy.linalg.sqrtm(s1 @ s2).real)
     assert abs(result["frechet_distance"] / oracle - 1) < 1e-3
-    expected = {"images": 24, "reference_images": 48, "sampler": "euler", "steps": 3, "guidance": 1.0, "ema": True, "format": "PNG", "checkpoint_step": 12}
+    expected = {
+        "images": 24,
+        "reference_images": 48,
+        "sampler": "euler",
+        "steps": 3,
+        "guidance": 1.0,
+        "ema": True,
+        "format": "PNG",
+        "checkpoint_step": 12,
+    }
     assert expected.items() <= result.items() and "16" in result["crop"] and "hub:tiny" in result["features"]
     assert "below 10,000" in capsys.readouterr().out
     for bad in ("nonsense", f"{tmp_path / 'hub'}:absent", f"{tmp_path / 'hub'}:broken", f"{data}:tiny"):
@@ -877,14 +991,29 @@ def test_score_equals_frechet_distance_by_hand(trained, data, tmp_path, capsys):
     (tmp_path / "weights.pth").write_bytes(b"junk")
     for weights in ("weights.pth", "absent.pth"):
         with pytest.raises(InputError, match="--features"):
-            sampling(trained, "--n", 24, "--steps", 3, "--out", tmp_path / "out", "--score", data, "--features-weights", tmp_path / weights)
+            sampling(
+                trained,
+                "--n",
+                24,
+                "--steps",
+                3,
+                "--out",
+                tmp_path / "out",
+                "--score",
+                data,
+                "--features-weights",
+                tmp_path / weights,
+            )
 
 
 def test_trajectory(trained, tmp_path, capsys):
     sampling(trained, "--trajectory", "--steps", 20, "--out", tmp_path / "t")
     table = json.loads((tmp_path / "t-trajectory.json").read_text())
     assert len(table["share"]) == 16 and table["t"][0] == 1 and abs(table["share"][0][-1] - 1) < 0.3
-    assert Image.open(tmp_path / "t-trajectory.png").size == (11 * 18 + 2, 8 * 18 + 2) and "band" in capsys.readouterr().out
+    assert (
+        Image.open(tmp_path / "t-trajectory.png").size == (11 * 18 + 2, 8 * 18 + 2)
+        and "band" in capsys.readouterr().out
+    )
     # where the SNR of a band falls below 1, in closed form on the flow path: (1 - t) / t = noise / sqrt(power)
     assert all(0 < t < 1 for t in table["snr_below_1_at"]) and table["snr_below_1_at"][0] > table["snr_below_1_at"][8]
 
@@ -934,7 +1063,7 @@ def test_bad_input_of_sampling(trained, tmp_path):
     state = checkpoint(trained)
     state["config"]["model"] = "uvit-nano"
     torch.save(state, tmp_path / "architecture.pt")
-    refused("another architecture than UViT", tmp_path / "architecture.pt")
+    refused("another architecture than this UViT", tmp_path / "architecture.pt")
     refused("9: not one of the 3 classes", trained, "--classes", 9)
     refused("cat: not one of the 3 classes", trained, "--classes", "cat")
     refused("ddim", trained, "--sampler", "ddim")
@@ -990,7 +1119,9 @@ def test_loss_weights_and_times():
                                       label_dropout=0.1, block=4, keep=2, eta=400.0))  # fmt: skip
     x0, t, weights = torch.randn(5, 4, 12), torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0]), torch.rand(12)
     loss = train_diffusion.diffusion_loss(diffusion, diffusion.network, x0, torch.randn_like(x0), t, weights=weights)
-    assert torch.allclose(loss, (x0.square() * weights).mean((1, 2)) / (t**2 + 0.04), rtol=1e-5)  # the network starts at zero
+    assert torch.allclose(
+        loss, (x0.square() * weights).mean((1, 2)) / (t**2 + 0.04), rtol=1e-5
+    )  # the network starts at zero
 
 
 def test_benchmark_prints_every_part_and_writes_nothing(data, tmp_path, capsys):
@@ -1003,28 +1134,45 @@ def test_benchmark_prints_every_part_and_writes_nothing(data, tmp_path, capsys):
 
 def test_upsample_command(tmp_path):
     rng = np.random.default_rng(0)
-    for name, shape, dtype in (("rgb.png", (9, 14, 3), np.uint8), ("grey.png", (5, 4), np.uint8), ("deep.png", (6, 6), np.uint16), ("rgba.png", (4, 4, 4), np.uint8)):
+    for name, shape, dtype in (
+        ("rgb.png", (9, 14, 3), np.uint8),
+        ("grey.png", (5, 4), np.uint8),
+        ("deep.png", (6, 6), np.uint16),
+        ("rgba.png", (4, 4, 4), np.uint8),
+    ):
         pixels = rng.integers(60, 190, shape).astype(dtype)
         Image.fromarray(pixels).save(tmp_path / name)
         dct.main(dct.make_parser().parse_args(["upsample", str(tmp_path / name), str(tmp_path / f"up-{name}")]))
         up = np.asarray(Image.open(tmp_path / f"up-{name}"))
         assert up.shape[:2] == (2 * shape[0], 2 * shape[1]) and up.dtype == dtype
         averaged = up.astype(float).reshape(shape[0], 2, shape[1], 2, -1).mean((1, 3)).reshape(shape)
-        assert np.abs(averaged - pixels).max() <= 40 and np.abs(averaged - pixels).mean() < 1.5  # rounding, and clipping at 0 and 255
+        assert (
+            np.abs(averaged - pixels).max() <= 40 and np.abs(averaged - pixels).mean() < 1.5
+        )  # rounding, and clipping at 0 and 255
     result = command("dct.py", "upsample", tmp_path / "rgb.png", tmp_path / "a.png", "--block", 4)
     assert "14x9" in result.stdout and Image.open(tmp_path / "a.png").size == (28, 18)
-    for source, target in ((tmp_path / "absent.png", "b.png"), (tmp_path / "rgb.png", tmp_path / "no" / "b.png"), (HERE / "dct.py", "b.png")):
+    for source, target in (
+        (tmp_path / "absent.png", "b.png"),
+        (tmp_path / "rgb.png", tmp_path / "no" / "b.png"),
+        (HERE / "dct.py", "b.png"),
+    ):
         result = command("dct.py", "upsample", source, target, check=False)
         assert result.returncode and "dct.py: cannot" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_documented_commands_are_understood():
     """Every command line of README.md and of the programs' first lines parses, and its settings fit together."""
-    text = "".join((HERE / name).read_text() for name in ("README.md", "train_diffusion.py", "sample.py")).replace("\\\n", " ")
+    text = "".join((HERE / name).read_text() for name in ("README.md", "train_diffusion.py", "sample.py")).replace(
+        "\\\n", " "
+    )
     lines = re.findall(r"(?:python|torchrun --nproc_per_node=\d+) (train_diffusion|sample)\.py ?([^\n`#;&)]*)", text)
     assert len(lines) > 12
     for program, flags in lines:
         words = [word for word in flags.split() if word not in ("...", "{args.out}")]
-        args = {"train_diffusion": train_diffusion, "sample": sample}[program].make_parser().parse_args(words or ["runs/x"] * (program == "sample"))
+        args = (
+            {"train_diffusion": train_diffusion, "sample": sample}[program]
+            .make_parser()
+            .parse_args(words or ["runs/x"] * (program == "sample"))
+        )
         if program == "train_diffusion":
             train_diffusion.complete(args)

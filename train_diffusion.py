@@ -105,8 +105,8 @@ class Readable(Dataset):
         return len(self.images)
 
     def __getitem__(self, i):
-        image = self.images.read(i)
-        return i, torch.zeros(3, self.images.size, self.images.size, dtype=torch.uint8) if image is None else image, image is not None
+        image, size = self.images.read(i), self.images.size
+        return i, torch.zeros(3, size, size, dtype=torch.uint8) if image is None else image, image is not None
 
 
 class Store:
@@ -131,7 +131,9 @@ class Store:
             self.how = f"{named}, in {self.file} ({need / 2**20:,.0f} MiB, {why})"
             readable = self._map(indices, processes)
         else:
-            self.how = f"{named}, decoded on the fly by {workers} workers ({need / 2**20:,.0f} MiB, too large for the disk)"
+            self.how = (
+                f"{named}, decoded on the fly by {workers} workers ({need / 2**20:,.0f} MiB, too large for the disk)"
+            )
             readable = np.ones(len(images), bool)
         images.check_unreadable(int((~readable).sum()))
         self.indices = indices[readable]
@@ -140,7 +142,8 @@ class Store:
 
     def _decode(self, indices, processes):
         """Fill self.data at these indices -> which of all images are readable (those of others count as such)."""
-        loader = DataLoader(Subset(Readable(self.images), indices), 64, num_workers=self.workers if len(indices) > 512 else 0)
+        workers = self.workers if len(indices) > 512 else 0
+        loader = DataLoader(Subset(Readable(self.images), indices), 64, num_workers=workers)
         readable = np.ones(len(self.images), bool)
         with tqdm(total=len(indices), unit="img", desc="decode", disable=not processes.main, leave=False) as bar:
             for where, pixels, good in loader:
@@ -151,8 +154,9 @@ class Store:
 
     def _map(self, indices, processes):
         record = self.file.with_suffix(".json")
-        made_of = {"data": self.images.spec, "count": len(indices), "first": str(self.images.names[0]), "last": str(self.images.names[-1])}
-        shape = (len(indices), 3, self.images.size, self.images.size)
+        names, size = self.images.names, self.images.size
+        made_of = {"data": self.images.spec, "count": len(names), "first": str(names[0]), "last": str(names[-1])}
+        shape = (len(names), 3, size, size)
         there = json.loads(record.read_text()) if record.exists() else None
         if there is None or there["made_of"] != made_of:
             partial = self.file.with_suffix(".part")
@@ -165,8 +169,8 @@ class Store:
             bad = processes.sum(bad.to(processes.device)).cpu()  # also waits for every process
             if processes.main:
                 os.replace(partial, self.file)
-                unreadable = bad.nonzero().flatten().tolist()
-                write_atomically(record, lambda f: f.write(json.dumps({"made_of": made_of, "unreadable": unreadable}).encode()))
+                entry = json.dumps({"made_of": made_of, "unreadable": bad.nonzero().flatten().tolist()})
+                write_atomically(record, lambda f: f.write(entry.encode()))
             processes.barrier()
             there = json.loads(record.read_text())
         self.data = np.memmap(self.file, np.uint8, "r", shape=shape)
@@ -186,7 +190,8 @@ class Store:
             yield from map(self.__getitem__, wanted)
         else:
             where = (self.indices[indices.numpy()] for indices in wanted)
-            yield from DataLoader(self.images, batch_sampler=where, num_workers=self.workers, pin_memory=torch.cuda.is_available())
+            pin = torch.cuda.is_available()
+            yield from DataLoader(self.images, batch_sampler=where, num_workers=self.workers, pin_memory=pin)
 
 
 # ---- method -----------------------------------------------------------------------------------------------
@@ -242,19 +247,21 @@ def update_ema(averaged, network, step, decay):
 
 
 def fit_codec(store, size, block, processes, limit=(50_000, 300e6)):
-    """Eta and entropies (3, B*B) from up to 50k images or 300 million pixels, spread over the set, shared among processes."""
+    """Eta and entropies (3, B*B) from up to 50k images or 300 million pixels, spread over the set and the processes."""
     statistics = DCTStatistics(block, device=processes.device)
     count = max(1, min(store.count, limit[0], int(limit[1] / size**2)))
-    chosen = torch.linspace(0, store.count - 1, count, dtype=torch.float64).round().long()[processes.rank :: processes.world]
-    for part in tqdm(chosen.split(max(1, 2**21 // size**2)), desc="eta", unit="batch", disable=not processes.main, leave=False):
+    chosen = torch.linspace(0, store.count - 1, count, dtype=torch.float64).round().long()
+    parts = chosen[processes.rank :: processes.world].split(max(1, 2**21 // size**2))
+    for part in tqdm(parts, desc="eta", unit="batch", disable=not processes.main, leave=False):
         statistics.update(store[part].to(processes.device) / 127.5 - 1)
     processes.sum(statistics.counts)
     return statistics.eta(), statistics.entropies(), count
 
 
 def band_errors(diffusion, x0, eps, y, levels=(0.1, 0.5, 0.9)):
-    """Power of the x0 error over power of the image, per radial band, at a low, middle and high t (DCTdiff, section 3):
-    {t: [16 numbers]}. 1 is a prediction that knows nothing of the band."""
+    """Power of the x0 error over power of the image, per radial band, at a low, middle and high t (DCTdiff, section 3)
+    -> {t: [16 numbers]}, low to high; 1 is a prediction that knows nothing of the band.
+    """
     images, errors, denoise = diffusion.decode(x0), {}, diffusion.denoiser(y)
     for level in levels:
         t = torch.full((len(x0),), level, device=x0.device)
@@ -311,7 +318,10 @@ class Meter:
         self.bad_run, self.worst_run = torch.zeros((), device=device), torch.zeros((), device=device)
 
     def reset(self):
-        self.loss, self.count = torch.zeros(4, device=self.device), torch.zeros(4, device=self.device)  # by quarter of t
+        self.loss, self.count = (
+            torch.zeros(4, device=self.device),
+            torch.zeros(4, device=self.device),
+        )  # by quarter of t
         self.norm, self.steps, self.skipped = (torch.zeros((), device=self.device) for _ in range(3))
 
     def add_losses(self, loss, t):
@@ -365,7 +375,18 @@ PUBLISHED = dict(path="vp", predict="eps", t_sampling="uniform", ebfr=True, lr=2
                  lr_decay="none", ema=0.9999, batch=256, steps=500_000)  # fmt: skip
 KEEP = {2: 4, 4: 9, 8: 18}  # coefficients kept per block [code]; 8 of 16 from 256 px on
 SNR_SCALE = {32: 2.0, 64: 4.0, 128: 4.0, 256: 4.0, 512: 12.0}  # c by resolution, in DCT space [code]
-MAY_CHANGE = {"steps", "device", "workers", "compile", "log_every", "eval_every", "save_every", "fresh", "benchmark", "out"}
+MAY_CHANGE = {
+    "steps",
+    "device",
+    "workers",
+    "compile",
+    "log_every",
+    "eval_every",
+    "save_every",
+    "fresh",
+    "benchmark",
+    "out",
+}
 
 
 def complete(args):
@@ -392,7 +413,9 @@ def complete(args):
     if args.out is None:
         name = Path(args.data.replace(":", "-")).resolve().stem
         args.out = f"runs/{name}-{args.size}-{args.space}-{args.model.lower().replace('/', '-')}"
-    least = dict(size=1, steps=1, batch=1, grad_accum=1, log_every=1, eval_every=1, save_every=1, lr=0.0, clip=0.0, snr_scale=1e-9)
+    least = dict(
+        size=1, steps=1, batch=1, grad_accum=1, log_every=1, eval_every=1, save_every=1, lr=0, clip=0, snr_scale=1e-9
+    )
     for name, minimum in least.items():
         if getattr(args, name) < minimum:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {minimum:g}")
@@ -412,14 +435,19 @@ def open_run(args):
             raise InputError(f"--fresh: {run} holds a run; --fresh starts in an empty folder only, name another --out")
         checkpoint = read_checkpoint(run)
         there, now = checkpoint["args"], plain_arguments(args)
-        changed = [f"--{k.replace('_', '-')} {there.get(k)} there, {v} now" for k, v in now.items() if there.get(k) != v]
+        changed = [
+            f"--{k.replace('_', '-')} {there.get(k)} there, {v} now" for k, v in now.items() if there.get(k) != v
+        ]
         if changed:
-            raise InputError(f"{run} was made with other arguments: {'; '.join(changed)}. Give the same, or another --out")
+            raise InputError(
+                f"{run} was made with other arguments: {'; '.join(changed)}. Give the same, or another --out"
+            )
         return checkpoint
     own = ("metrics.jsonl", "samples", "checkpoint.pt.tmp", "images-")
     others = [p.name for p in run.iterdir() if not p.name.startswith(own)] if run.is_dir() else []
     if others or (args.fresh and run.is_dir() and any(run.iterdir())):
-        raise InputError(f"--out {run} holds {', '.join(others[:3]) or 'a started run'} and no checkpoint; name an empty folder")
+        there = ", ".join(others[:3]) or "a started run"
+        raise InputError(f"--out {run} holds {there} and no checkpoint; name an empty folder")
     return None
 
 
@@ -442,20 +470,22 @@ def benchmark(args, images, diffusion, weights, processes, amp):
     encode, _ = lap(lambda p: diffusion.encode(p[None].to(device) / 127.5 - 1), pixels)
     synchronize(device)
     torch.set_num_threads(threads)
-    say(f"data, one core   {read + encode:8.2f} ms/image = {read:.2f} file to pixels + {encode:.2f} pixels to network input")
+    say(
+        f"data, one core   {read + encode:8.2f} ms/image = {read:.2f} file to pixels + {encode:.2f} pixels to network input"
+    )
     say(f"                 {1e3 / (read + encode):8.0f} images/s a core, {count} images of {args.size} px")
 
     network = processes.wrap(torch.compile(diffusion.network) if args.compile else diffusion.network)
     optimizer = make_optimizer(diffusion.network, args)
-    n, parts = args.batch // processes.world, []
+    n, parts, marks = args.batch // processes.world, [], []
+
+    def mark():
+        synchronize(device)
+        marks.append(clock())
+
     batch = torch.stack(pixels).repeat(math.ceil(n / count), 1, 1, 1)[:n]
     for step in range(args.benchmark + 2):
-        marks = []
-
-        def mark():
-            synchronize(device)
-            marks.append(clock())
-
+        marks.clear()
         mark()
         x0 = diffusion.encode(batch.to(device) / 127.5 - 1)
         t, eps, drop, _ = draw_step(args.seed, step, n, diffusion.shape, args, diffusion.path, device)
@@ -472,11 +502,14 @@ def benchmark(args, images, diffusion, weights, processes, amp):
         mark()
         parts.append(np.diff(marks))
     parts = np.median(parts[2:], 0)  # the first two warm up
-    rate, own = flops_per_image(diffusion, device) * n / parts.sum(), matmul_rate(device, dtype)
-    say(f"step             {parts.sum() * 1e3:8.1f} ms = " + " + ".join(
-        f"{ms * 1e3:.1f} {name}" for ms, name in zip(parts, ("data", "forward", "backward", "optimizer"))))  # fmt: skip
-    say(f"training         {n * processes.world / parts.sum():8.1f} images/s, batch {n} x {processes.world}, median of {args.benchmark} steps")
-    say(f"arithmetic       {rate / 1e9:8.1f} GFLOP/s a process, {rate / own:.0%} of its {own / 1e9:.0f} in one matrix product")
+    step = parts.sum()
+    rate, own = flops_per_image(diffusion, device) * n / step / 1e9, matmul_rate(device, dtype) / 1e9
+    split = " + ".join(
+        f"{ms * 1e3:.1f} {name}" for ms, name in zip(parts, ("data", "forward", "backward", "optimizer"))
+    )
+    say(f"step             {step * 1e3:8.1f} ms = {split}, median of {args.benchmark}")
+    say(f"training         {n * processes.world / step:8.1f} images/s, batch {n} x {processes.world}")
+    say(f"arithmetic       {rate:8.1f} GFLOP/s a process, {rate / own:.0%} of its {own:.0f} in one matrix product")
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
     else:
@@ -494,9 +527,8 @@ BAD_STEPS = 10  # non-finite ones in a row that stop a run
 
 def make_optimizer(network, args):
     # fused: one kernel, and a GradScaler's skip of a non-finite step without waiting for the device
-    return torch.optim.AdamW(
-        [p for p in network.parameters() if p.requires_grad], args.lr, tuple(args.betas), weight_decay=args.weight_decay, fused=True
-    )
+    trained = [p for p in network.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, args.lr, tuple(args.betas), weight_decay=args.weight_decay, fused=True)
 
 
 def evaluate(diffusion, held, folder, step, args, device):
@@ -517,7 +549,9 @@ def main(args):
     device, folder, say = processes.device, Path(args.out), processes.print
     parts = processes.world * args.grad_accum
     if args.batch % parts:
-        raise InputError(f"--batch {args.batch} must be a multiple of processes x --grad-accum = {processes.world} x {args.grad_accum}")
+        raise InputError(
+            f"--batch {args.batch}: must be a multiple of {processes.world} processes x --grad-accum {args.grad_accum}"
+        )
     local, micro = args.batch // processes.world, args.batch // parts
     share = slice(processes.rank * local, (processes.rank + 1) * local)
     images = Images(args.data, args.size)
@@ -534,14 +568,18 @@ def main(args):
     workers = args.workers if args.workers is not None else min(8, (os.cpu_count() or 1) // processes.local_world)
     store = Store(images, "." if args.benchmark else folder, processes, workers)
     if args.classes and not images.classes:
-        raise InputError(f"--classes: {args.data} has none; sort the images into one folder a class, or leave --classes out")
+        raise InputError(
+            f"--classes: {args.data} has none; sort its images into a folder a class, or leave --classes out"
+        )
     classes = images.classes if args.classes is not False else None
 
     # ---- model
     if checkpoint:
         config = checkpoint["config"]
     else:
-        config = {k: getattr(args, k) for k in ("space", "size", "model", "path", "snr_scale", "predict", "label_dropout")}
+        config = {
+            k: getattr(args, k) for k in ("space", "size", "model", "path", "snr_scale", "predict", "label_dropout")
+        }
         config["classes"] = classes
         if args.space == "dct":
             config |= measure_codec(args, store, processes)
@@ -592,11 +630,13 @@ def main(args):
         flops, peak = flops_per_image(diffusion, device), matmul_rate(device, dtype) * processes.world
     chosen = order(0)[: 256 if args.size <= 64 else 32]  # for the x0 error by band
     held_eps = torch.randn(len(chosen), *diffusion.shape, generator=generator(args.seed, 2)).to(device)
-    held = (diffusion.encode(store[chosen].to(device) / 127.5 - 1), held_eps, store.labels[chosen].to(device) if classes else None)
+    held_x0 = diffusion.encode(store[chosen].to(device) / 127.5 - 1)
+    held = held_x0, held_eps, store.labels[chosen].to(device) if classes else None
     bar = tqdm(total=args.steps * args.batch, initial=step * args.batch, unit="img", unit_scale=True, desc="train",
                dynamic_ncols=True, disable=not processes.main, mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
     for pixels in store.batches(order, range(step, args.steps), share):
-        t, eps, drop, flip = (r[share] for r in draw_step(args.seed, step, args.batch, diffusion.shape, args, diffusion.path, device))
+        drawn = draw_step(args.seed, step, args.batch, diffusion.shape, args, diffusion.path, device)
+        t, eps, drop, flip = (values[share] for values in drawn)
         x0 = pixels.to(device, non_blocking=True) / 127.5 - 1  # (N, 3, S, S)
         x0 = diffusion.encode(torch.where(like(flip, x0), x0.flip(-1), x0))
         y = store.labels[order(step)[share]].to(device) if classes else None
@@ -629,8 +669,10 @@ def main(args):
                 metrics.write(step=step, images=step * args.batch, epoch=step * args.batch / store.count, **line)
                 bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
             if worst >= BAD_STEPS:
-                raise InputError(f"{worst} steps in a row up to {step} were not finite and were skipped; {folder}/checkpoint.pt "
-                                 f"is the last good one. Lower --lr {args.lr:g}, or --amp off")  # fmt: skip
+                raise InputError(
+                    f"{worst} steps in a row up to {step} were not finite and were skipped; {folder}/checkpoint.pt "
+                    f"is the last good one. Lower --lr {args.lr:g}, or --amp off"
+                )
             started, steps_then = time.perf_counter(), step
         # evaluate
         if step % args.eval_every == 0 or step == args.steps:
@@ -649,11 +691,12 @@ def measure_codec(args, store, processes):
     eta, entropies, count = fit_codec(store, args.size, args.block, processes)
     some = store[torch.linspace(0, store.count - 1, min(store.count, 64)).long()] / 127.5 - 1
     psnr = psnr_per_keep(some, args.block)
-    shown = sorted({k for k in (1, args.keep // 2, args.keep, args.keep + 1, args.block**2 * 3 // 4, args.block**2) if 0 < k <= len(psnr)})
-    processes.print(f"codec    B {args.block}, keep {args.keep}, eta {eta:.3f} from {count} images; PSNR dB at keep "
-                    + ", ".join(f"{k}: {psnr[k - 1]:.1f}" for k in shown))  # fmt: skip
+    say = processes.print
+    say(f"codec    B {args.block}, keep {args.keep}, eta {eta:.3f} from {count} images")
+    shown = sorted({1, max(1, args.keep // 2), args.keep, min(args.keep + 1, len(psnr)), len(psnr)})
+    say("         PSNR by keep, dB: " + ", ".join(f"{k}: {psnr[k - 1]:.1f}" for k in shown))
     for name, row in zip(("Y", "Cb", "Cr"), entropies[:, : args.keep].tolist()):
-        processes.print(f"         H({name}) " + " ".join(f"{h:.3f}" for h in row))
+        say(f"         H({name}) ".ljust(15) + " ".join(f"{h:.2f}" for h in row[:12]) + " ..." * (len(row) > 12))
     return {"block": args.block, "keep": args.keep, "eta": eta, "entropies": entropies.tolist()}
 
 
@@ -669,13 +712,15 @@ def finished(args, say, step, again=False):
 
 def make_parser():
     flag = argparse.BooleanOptionalAction
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", default="dead-leaves", metavar="SPEC", help="folder, .zip, cifar10, dead-leaves or dead-leaves:full (default: dead-leaves)")
+    add("--data", default="dead-leaves", metavar="SPEC",
+        help="folder, .zip, cifar10, dead-leaves or dead-leaves:full (default: dead-leaves)")  # fmt: skip
     add("--size", type=int, default=32, metavar="PIXELS", help="images are cropped and resized to this (default: 32)")
     add("--out", metavar="RUN", help="run folder (default: runs/DATA-SIZE-SPACE-MODEL)")
     add("--space", default="dct", choices=("dct", "pixel"), help="what is diffused (default: dct)")
-    add("--model", default="dit-nano", metavar="NAME", help="uvit-nano|tiny|s|m|l|h or dit-nano|tiny|s|b|l|xl, in pixel space with /PATCH (default: dit-nano)")
+    add("--model", default="dit-nano", metavar="NAME",
+        help="uvit-nano|tiny|s|m|l|h or dit-nano|tiny|s|b|l|xl, in pixel space with /PATCH (default: dit-nano)")  # fmt: skip
 
     def both(name):
         values = (" ".join(map(str, d[name])) if isinstance(d[name], list) else d[name] for d in (TINY, PUBLISHED))
@@ -684,25 +729,40 @@ def make_parser():
     add("--path", choices=("vp", "flow"), help=f"noise path {both('path')}")
     add("--predict", choices=("eps", "v", "x0"), help=f"what the network predicts {both('predict')}")
     add("--t-sampling", choices=("uniform", "logit-normal"), help=f"distribution of t {both('t_sampling')}")
-    add("--t-logit-normal", type=float, nargs=2, default=[0.5, 1.0], metavar=("MEAN", "STD"), help="of logit t (default: 0.5 1)")
-    add("--snr-scale", type=float, metavar="C", help="SNR scaling of the vp path (default: in DCT space by size, 2 at 32 px, 4 to 256, 12 at 512; else 1)")
-    add("--block", type=int, metavar="B", help="DCT block size (default: by size, 2 to 64 px, 4 to 256, 8 above; at least 4 for nano and tiny models)")
-    add("--keep", type=int, metavar="K", help="coefficients kept per block (default: 4 of 4, 9 of 16 or 8 from 256 px, 18 of 64)")
+    add("--t-logit-normal", type=float, nargs=2, default=[0.5, 1.0], metavar=("MEAN", "STD"),
+        help="of logit t (default: 0.5 1)")  # fmt: skip
+    add("--snr-scale", type=float, metavar="C",
+        help="SNR scaling of vp (default: in DCT space by size, 2 at 32 px, 4 to 256, 12 at 512; else 1)")  # fmt: skip
+    add("--block", type=int, metavar="B",
+        help="DCT block size (default: 2 to 64 px, 4 to 256, 8 at 512; at least 4 for nano and tiny models)")  # fmt: skip
+    add("--keep", type=int, metavar="K",
+        help="coefficients kept per block (default: 4 of 4, 9 of 16 or 8 from 256 px, 18 of 64)")  # fmt: skip
     add("--ebfr", action=flag, help=f"entropy-based frequency reweighting {both('ebfr')}")
     add("--classes", action=flag, help="train with classes (default: where the data has them)")
-    add("--label-dropout", type=float, default=0.1, metavar="P", help="share of labels replaced by the null class (default: 0.1)")
+    add(
+        "--label-dropout",
+        type=float,
+        default=0.1,
+        metavar="P",
+        help="share of labels made the null class (default: 0.1)",
+    )
     add("--flip", action=flag, default=True, help="mirror half of the images (default: yes)")
     add("--steps", type=int, metavar="N", help=f"optimizer steps {both('steps')}")
     add("--batch", type=int, metavar="GLOBAL", help=f"images a step, over all processes {both('batch')}")
-    add("--grad-accum", type=int, default=1, metavar="N", help="parts a process's share of a batch is cut into (default: 1)")
+    add("--grad-accum", type=int, default=1, metavar="N", help="parts that a process's share is cut into (default: 1)")
     add("--lr", type=float, metavar="X", help=f"AdamW learning rate {both('lr')}")
-    add("--lr-decay", choices=("none", "linear"), help=f"after warm-up: constant, or linearly to 0 at --steps {both('lr_decay')}")
+    add(
+        "--lr-decay",
+        choices=("none", "linear"),
+        help=f"after warm-up: constant, or linearly to 0 at --steps {both('lr_decay')}",
+    )
     add("--warmup", type=int, metavar="N", help=f"steps of linear warm-up {both('warmup')}")
     add("--betas", type=float, nargs=2, metavar=("B1", "B2"), help=f"AdamW betas {both('betas')}")
     add("--weight-decay", type=float, default=0.03, metavar="X", help="AdamW weight decay (default: 0.03)")
     add("--clip", type=float, default=1.0, metavar="X", help="largest gradient norm, 0 for none (default: 1)")
     add("--ema", type=float, metavar="X", help=f"decay of the average of the weights {both('ema')}")
-    add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help="autocast (default: auto, bf16 on CUDA, off on a CPU)")
+    add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
+        help="autocast (default: auto, bf16 on CUDA, off on a CPU)")  # fmt: skip
     add("--compile", action="store_true", help="torch.compile the network")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: auto)")
     add("--seed", type=int, default=0, metavar="N", help="of weights, data order and noise (default: 0)")
@@ -711,7 +771,13 @@ def make_parser():
     add("--eval-every", type=int, default=1000, metavar="N", help="steps between sample grids (default: 1000)")
     add("--save-every", type=int, default=500, metavar="N", help="steps between checkpoints (default: 500)")
     add("--fresh", action="store_true", help="never resume: --out must be empty")
-    add("--benchmark", type=int, default=0, metavar="N", help="time N steps part by part, train nothing (default: 0, off)")
+    add(
+        "--benchmark",
+        type=int,
+        default=0,
+        metavar="N",
+        help="time N steps part by part, train nothing (default: 0, off)",
+    )
     return parser
 
 
