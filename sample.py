@@ -233,6 +233,10 @@ class VP:
     def __init__(self, c=1.0):
         self.c = c
 
+    def time(self, u):
+        """The t at share u of the way from data to noise, of training draws and sampler steps."""
+        return self.T_END + (1 - self.T_END) * u
+
     def log_abar(self, t):
         return -(self.BETA0 * t + (self.BETA1 - self.BETA0) * t**2 / 2)  # without scaling
 
@@ -260,9 +264,15 @@ class VP:
 
 
 class Flow:
-    """Linear path x_t = (1 - t) x0 + t e with v = e - x0 (SiT, arXiv 2401.08740)."""
+    """Linear path x_t = (1 - t) x0 + t e with v = e - x0 (SiT, arXiv 2401.08740). SNR scaling by c moves the times
+    at which it is trained and sampled, SNR(time(u)) = c SNR(u), as SD3 does for resolution (2403.03206, section 5.3.2).
+    """
 
-    T_END = 0.0
+    def __init__(self, c=1.0):
+        self.c = c
+
+    def time(self, u):
+        return u / (u + math.sqrt(self.c) * (1 - u))
 
     def alpha_sigma(self, t):
         return 1 - t, t
@@ -302,8 +312,8 @@ def x0_and_eps(path, predict, x, t, output):
 # normal noise shaped like x, and returns x at t = 0 (of the flow) or 1e-3 (of vp).
 
 
-def _grid(path, steps, x):
-    return torch.linspace(1, path.T_END, steps + 1, dtype=torch.float64, device=x.device).float()
+def _grid(path, steps, x, end=0.0):
+    return path.time(torch.linspace(1, end, steps + 1, dtype=torch.float64, device=x.device)).float()
 
 
 def _full(t, x):
@@ -374,8 +384,8 @@ def heun(denoise, path, x, steps, noise):
 
 
 def flow_sde(denoise, path, x, steps, noise):
-    """Euler-Maruyama of SiT's reverse SDE with diffusion w = 2t; the last step, from t = 0.04, without noise."""
-    times = F.pad(torch.linspace(1, 0.04, steps, dtype=torch.float64, device=x.device), (0, 1)).float()
+    """Euler-Maruyama of SiT's reverse SDE with diffusion w = 2t; the last step, from t = 0.04 (with c = 1), without noise."""
+    times = F.pad(_grid(path, max(1, steps - 1), x, end=0.04)[:steps], (0, 1))
     for t, s in zip(times, times[1:]):
         x0, eps = denoise(x, _full(t, x))
         x = x + (s - t) * (eps - x0 + eps)  # v - w score / 2, the score being -eps / t
@@ -451,7 +461,7 @@ class Diffusion:
 
     def __init__(self, config, network=None):
         self.config, self.predict, self.classes = config, config["predict"], config["classes"]
-        self.path = VP(config["snr_scale"]) if config["path"] == "vp" else Flow()
+        self.path = (VP if config["path"] == "vp" else Flow)(config["snr_scale"])
         self.codec = make_codec(config) if config["space"] == "dct" else None
         self.network = network or build_network(config)
         # As published: DiT and U-ViT are called with 999 t, SiT, which is DiT on the flow path, with t in 0..1.

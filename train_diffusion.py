@@ -59,7 +59,7 @@ class Processes:
 
     def barrier(self):
         if self.world > 1:
-            self.sum(torch.zeros(1, device=self.device))
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def wrap(self, network):
         if self.world == 1:
@@ -185,12 +185,12 @@ class Store:
 
     def batches(self, order, steps, share):
         """This process's `share` (a slice) of each step's images, (n, 3, S, S) uint8, for the steps of a range."""
-        wanted = (order(step)[share] for step in steps)
+        wanted, pin = (order(step)[share] for step in steps), torch.cuda.is_available()
         if self.data is not None:
-            yield from map(self.__getitem__, wanted)
+            for indices in wanted:
+                yield self[indices].pin_memory() if pin else self[indices]
         else:
             where = (self.indices[indices.numpy()] for indices in wanted)
-            pin = torch.cuda.is_available()
             yield from DataLoader(self.images, batch_sampler=where, num_workers=self.workers, pin_memory=pin)
 
 
@@ -200,12 +200,12 @@ X0_FLOOR = 0.04  # x0 errors are weighted 1 / (sigma^2 + this): the v loss, boun
 
 
 def draw_times(n, sampling, mean_std, path, generator):
-    """t (n,) in [T_END, 1]: uniform, or logit-normal (arXiv 2403.03206, section 3.1)."""
+    """t (n,): uniform along the path's time, or logit-normal in it (arXiv 2403.03206, section 3.1)."""
     if sampling == "uniform":
-        t = torch.rand(n, generator=generator, device=generator.device)
+        u = torch.rand(n, generator=generator, device=generator.device)
     else:
-        t = torch.sigmoid(mean_std[0] + mean_std[1] * torch.randn(n, generator=generator, device=generator.device))
-    return path.T_END + (1 - path.T_END) * t
+        u = torch.sigmoid(mean_std[0] + mean_std[1] * torch.randn(n, generator=generator, device=generator.device))
+    return path.time(u)
 
 
 def diffusion_loss(diffusion, network, x0, eps, t, y=None, drop=None, weights=None):
@@ -374,7 +374,8 @@ TINY = dict(path="flow", predict="x0", t_sampling="logit-normal", ebfr=False, lr
 PUBLISHED = dict(path="vp", predict="eps", t_sampling="uniform", ebfr=True, lr=2e-4, betas=[0.99, 0.99], warmup=5000,
                  lr_decay="none", ema=0.9999, batch=256, steps=500_000)  # fmt: skip
 KEEP = {2: 4, 4: 9, 8: 18}  # coefficients kept per block [code]; 8 of 16 from 256 px on
-SNR_SCALE = {32: 2.0, 64: 4.0, 128: 4.0, 256: 4.0, 512: 12.0}  # c by resolution, in DCT space [code]
+SNR_SCALE = {32: 2.0, 64: 4.0, 128: 4.0, 256: 4.0, 512: 12.0}  # c of the vp path by resolution, in DCT space [code]
+# On the flow path c is B^2 [ours]: dividing by eta, about 128 B, makes the noise of a token B times that of a pixel.
 MAY_CHANGE = {
     "steps",
     "device",
@@ -399,15 +400,13 @@ def complete(args):
     for name, value in (TINY if tiny else PUBLISHED).items():
         if getattr(args, name) is None:
             setattr(args, name, value if name != "ebfr" else value and dct)
-    if args.snr_scale is None:
-        nearest = min(SNR_SCALE, key=lambda size: abs(size - args.size))
-        args.snr_scale = SNR_SCALE[nearest] if dct and args.path == "vp" else 1.0
-    elif args.path != "vp":
-        raise InputError(f"--snr-scale {args.snr_scale}: only for --path vp")
     if dct and args.block is None:
         args.block = 8 if args.size >= 512 else 4 if args.size >= 128 or tiny else 2  # tiny networks want few tokens
     if dct and args.keep is None:
         args.keep = 8 if args.block == 4 and args.size >= 256 else KEEP.get(args.block, max(1, args.block**2 * 9 // 32))
+    if args.snr_scale is None:
+        nearest = min(SNR_SCALE, key=lambda size: abs(size - args.size))
+        args.snr_scale = 1.0 if not dct else SNR_SCALE[nearest] if args.path == "vp" else float(args.block**2)
     if dct:
         make_codec(vars(args) | {"eta": 1.0})  # raises where size, block and keep do not fit together
     if args.out is None:
@@ -732,7 +731,7 @@ def make_parser():
     add("--t-logit-normal", type=float, nargs=2, default=[0.5, 1.0], metavar=("MEAN", "STD"),
         help="of logit t (default: 0.5 1)")  # fmt: skip
     add("--snr-scale", type=float, metavar="C",
-        help="SNR scaling of vp (default: in DCT space by size, 2 at 32 px, 4 to 256, 12 at 512; else 1)")  # fmt: skip
+        help="SNR scaling (default: 1 in pixel space; in DCT space B^2 on flow, on vp 2 to 12 by size)")  # fmt: skip
     add("--block", type=int, metavar="B",
         help="DCT block size (default: 2 to 64 px, 4 to 256, 8 at 512; at least 4 for nano and tiny models)")  # fmt: skip
     add("--keep", type=int, metavar="K",
