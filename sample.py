@@ -124,40 +124,45 @@ class Images(Dataset):
             self._list_files()
 
     def _list_files(self):
-        labels = {}
         if self.path.is_dir():
             self.kind = "folder"
             found = (Path(root, file) for root, _, files in os.walk(self.path, followlinks=True) for file in files)
             files = sorted(file.relative_to(self.path).as_posix() for file in found)
-            if "dataset.json" in files:
-                labels = json.loads((self.path / "dataset.json").read_text()).get("labels") or {}
         elif zipfile.is_zipfile(self.path):
             self.kind = "zip"
             files = sorted(name for name in self._zip().namelist() if not name.endswith("/"))
-            if "dataset.json" in files:
-                labels = json.loads(self._zip().read("dataset.json")).get("labels") or {}
         else:
             known = "a folder, a .zip, cifar10, cifar10:test, dead-leaves or dead-leaves:full"
             state = "is neither a folder nor a .zip" if self.path.exists() else "does not exist"
             raise InputError(f"--data {self.spec}: {state}; it takes {known}")
         hidden = ("__MACOSX", ".")
-        files = [file for file in files if not any(part.startswith(hidden) for part in file.split("/"))]
-        self.names = [file for file in files if os.path.splitext(file)[1].lower() in EXTENSIONS]
+        shown = [file for file in files if not any(part.startswith(hidden) for part in file.split("/"))]
+        self.names = [file for file in shown if os.path.splitext(file)[1].lower() in EXTENSIONS]
         if not self.names:
             raise InputError(f"--data {self.spec}: no image in it ({len(files)} files; {' '.join(sorted(EXTENSIONS))})")
-        if labels:
-            labels = dict(labels)
-            missing = [name for name in self.names if name not in labels]
-            if missing:
-                raise InputError(
-                    f"--data {self.spec}: dataset.json gives {len(missing)} images no label, {missing[0]} the first"
-                )
-            self.labels = [int(labels[name]) for name in self.names]
-            self.classes = [str(c) for c in range(max(self.labels) + 1)]
-            return
+        if "dataset.json" in files:
+            self._label_by_json()
+        else:
+            self._label_by_folder()
+
+    def _label_by_json(self):
+        try:
+            labels = json.loads(self._bytes("dataset.json")).get("labels")
+            if labels:  # null: a set without classes
+                labels = dict(labels)
+                self.labels = [int(labels[name]) for name in self.names]
+                self.classes = [str(label) for label in range(max(self.labels) + 1)]
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"--data {self.spec}: dataset.json holds no list of [file, class number] ({error})"
+            ) from error
+        except KeyError as error:
+            raise InputError(f"--data {self.spec}: dataset.json gives no label to {error}") from error
+
+    def _label_by_folder(self):
         parts = [name.split("/")[:-1] for name in self.names]
         common = len(os.path.commonprefix(parts))  # of lists: the folders that all images share
-        tops = [p[common] if len(p) > common else None for p in parts]
+        tops = [part[common] if len(part) > common else None for part in parts]
         if None not in tops:  # with images at the top as well, folders are no classes
             self.classes = sorted(set(tops))
             index = {name: i for i, name in enumerate(self.classes)}
@@ -175,6 +180,9 @@ class Images(Dataset):
             self._zips[os.getpid()] = zipfile.ZipFile(self.path)
         return self._zips[os.getpid()]
 
+    def _bytes(self, name):
+        return self._zip().read(name) if self.kind == "zip" else (self.path / name).read_bytes()
+
     def __getstate__(self):
         return self.__dict__ | {"_zips": {}}
 
@@ -187,9 +195,7 @@ class Images(Dataset):
             return Image.fromarray(dead_leaves(self.names[i], self.size, full=self.option == "full"))
         if self.kind == "cifar10":
             return Image.fromarray(self.pixels[self.names[i]])
-        if self.kind == "zip":
-            return Image.open(io.BytesIO(self._zip().read(self.names[i])))
-        return Image.open(self.path / self.names[i])
+        return Image.open(io.BytesIO(self._bytes(self.names[i])))
 
     def read(self, i):
         """Image i as (3, size, size) uint8, or None, its name printed, where it is unreadable or truncated."""

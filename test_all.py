@@ -680,6 +680,12 @@ def test_data_layouts(tmp_path):
         z.writestr("dataset.json", json.dumps({"labels": [[name, i % 3] for i, name in enumerate(names)]}))
     edm = Images(str(tmp_path / "edm.zip"), 16)
     assert edm.labels == [0, 1, 2, 0, 1, 2] and edm.classes == ["0", "1", "2"]
+    (tree / "dataset.json").write_text('{"labels": null}')
+    assert Images(str(tree), 16).classes is None
+    for labels in ([["no", 1]], [[name, [1.0]] for name in images.names]):
+        (tree / "dataset.json").write_text(json.dumps({"labels": labels}))
+        with pytest.raises(InputError, match="dataset.json"):
+            Images(str(tree), 16)
     (tmp_path / "empty").mkdir()
     (tmp_path / "note.txt").write_text("hello")
     for bad in ("nowhere", "empty", "note.txt"):
