@@ -282,6 +282,8 @@ def upsample(x, block_size=None):
 
 
 def main(args):
+    if args.block is not None and args.block < 1:
+        sys.exit(f"dct.py: --block {args.block} must be at least 1")
     import numpy as np
     from PIL import Image, ImageOps  # the command alone needs pictures
 
@@ -291,9 +293,12 @@ def main(args):
             image.load()
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         sys.exit(f"dct.py: cannot read the image {args.input}: {error}")
-    if image.mode not in ("L", "LA", "RGB", "RGBA", "I;16"):
-        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    pixels = np.asarray(image)
+    if image.mode.startswith("I"):  # 16-bit grey, in one of Pillow's several modes
+        pixels = np.asarray(image).clip(0, 65535).astype(np.uint16)
+    elif image.mode in ("L", "LA", "RGB", "RGBA"):
+        pixels = np.asarray(image)
+    else:
+        pixels = np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
     x = torch.from_numpy(pixels.astype(np.float32)).view(*pixels.shape[:2], -1).movedim(-1, 0)  # (C, H, W)
     x = upsample(x, args.block).clamp(0, np.iinfo(pixels.dtype).max).round().movedim(0, -1).squeeze(-1)
     try:
@@ -310,7 +315,7 @@ def make_parser():
     command = parser.add_subparsers(dest="command", required=True).add_parser("upsample", help="twice as large")
     command.add_argument("input", metavar="IN", help="any image file, any size")
     command.add_argument("output", metavar="OUT", help="the file to write; its ending chooses the format")
-    command.add_argument("--block", type=int, help="block size B (default: the whole frame as one block)")
+    command.add_argument("--block", type=int, metavar="B", help="block size (default: the whole frame as one block)")
     return parser
 
 

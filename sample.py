@@ -13,6 +13,7 @@ sampling, scores. What training needs on top is in train_diffusion.py, which imp
 
 import argparse
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -23,13 +24,12 @@ import sys
 import time
 import zipfile
 from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from dct import DCTCodec
@@ -79,7 +79,7 @@ def dead_leaves(index, size, full=False):
     frame, in free colours. -> (size, size, 3) uint8
     """
     rng = np.random.default_rng([index, int(full)])
-    small, large = (size / 16, size / 2) if full else (size / 8, size / 3)
+    small, large = (size / 16, size / 2) if full else (size / 6, size / 2.5)
     rows = np.arange(size, dtype=np.float32)
     frame, empty = np.zeros((size, size, 3), np.float32), np.ones((size, size), np.float32)  # painted front to back
     for count in itertools.repeat(128) if full else [rng.integers(1, 4)]:
@@ -98,7 +98,7 @@ def dead_leaves(index, size, full=False):
 
 
 class Images(Dataset):
-    """The images of `--data SPEC`, centre-cropped to `size` pixels; item i is (3, size, size) uint8.
+    """The images of `--data SPEC`, centre-cropped to `size` pixels.
 
     SPEC: a folder tree or .zip (classes = the folders at its top; a StyleGAN/EDM dataset.json wins), `cifar10` or
     `cifar10:test` (torchvision downloads them to ./data), `dead-leaves` or `dead-leaves:full`. Attributes: names,
@@ -107,7 +107,7 @@ class Images(Dataset):
 
     def __init__(self, spec, size):
         self.spec, self.size, self.path = spec, size, Path(spec)
-        self.labels, self.classes, self._zips, self._unreadable = None, None, {}, set()
+        self.labels, self.classes, self._zips = None, None, {}
         self.kind, _, self.option = spec.partition(":")
         if spec in ("dead-leaves", "dead-leaves:full"):
             self.names = range(DEAD_LEAVES)
@@ -202,11 +202,19 @@ class Images(Dataset):
         try:
             with self.open(i) as image:
                 return torch.from_numpy(np.array(center_crop(to_rgb(image), self.size))).permute(2, 0, 1)
-        except (OSError, ValueError, SyntaxError, EOFError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
-            if i not in self._unreadable:
-                tqdm.write(f"skipped, unreadable: {self.spec}/{self.names[i]} ({error})", file=sys.stderr)
-            self._unreadable.add(i)
+        except MemoryError:
+            raise
+        except Exception as error:  # decoders raise all kinds on bad bytes
+            tqdm.write(f"skipped, unreadable: {self.spec}/{self.names[i]} ({error})", file=sys.stderr)
             return None
+
+    def readable(self, i):
+        """(j, image j) of the first readable image from i on. Raises InputError where there is none."""
+        for j in itertools.chain(range(i, len(self)), range(i)):
+            image = self.read(j)
+            if image is not None:
+                return j, image
+        raise InputError(f"--data {self.spec}: no image can be read")
 
     def check_unreadable(self, count):
         """Raise InputError where more than 1% of the images are unreadable."""
@@ -214,15 +222,11 @@ class Images(Dataset):
             raise InputError(f"--data {self.spec}: {count} of {len(self)} images are unreadable, more than 1%")
 
     def __getitem__(self, i):
-        """Image i, or the next readable one in its place."""
+        """(i, image (3, size, size) uint8, True), or (i, zeros, False) where it is unreadable."""
         if not 0 <= i < len(self):
             raise IndexError(i)
-        for j in range(i, i + len(self)):
-            image = self.read(j % len(self))
-            if image is not None:
-                return image
-            self.check_unreadable(len(self._unreadable))
-        raise InputError(f"--data {self.spec}: no image can be read")
+        image = self.read(i)
+        return i, torch.zeros(3, self.size, self.size, dtype=torch.uint8) if image is None else image, image is not None
 
 
 # ---- noise paths and predictions --------------------------------------------------------------------------
@@ -333,7 +337,7 @@ def ddim(denoise, path, x, steps, noise, eta=0.0):
         x0, eps = denoise(x, _full(t, x))
         (alpha_t, sigma_t), (alpha_s, sigma_s) = path.alpha_sigma(t), path.alpha_sigma(s)
         std = eta * sigma_s / sigma_t * (1 - (alpha_t / alpha_s) ** 2).sqrt()
-        x = alpha_s * x0 + (sigma_s**2 - std**2).sqrt() * eps
+        x = alpha_s * x0 + (sigma_s**2 - std**2).clamp_min(0).sqrt() * eps
         if eta:
             x = x + std * noise()
     return x
@@ -521,12 +525,22 @@ def read_checkpoint(path):
         raise InputError(
             f"{file}: refused, it holds more than tensors and plain values, or is no checkpoint"
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise InputError(f"{file}: cannot be read as a checkpoint ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # torch.load raises all kinds on bytes that are no checkpoint
+        raise InputError(
+            f"{file}: cannot be read as a checkpoint ({type(error).__name__} {str(error)[:120]})"
+        ) from error
     missing = {"config", "model", "ema", "step"} - set(checkpoint if isinstance(checkpoint, dict) else ())
     if missing:
         raise InputError(f"{file}: no checkpoint of train_diffusion.py, it lacks {', '.join(sorted(missing))}")
     return checkpoint
+
+
+def fingerprint(state):
+    """Hash of a state dict's values: two models that draw different images differ in it."""
+    digest = hashlib.sha256()
+    for value in state.values():
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def load_weights(network, state, source):
@@ -545,9 +559,9 @@ def load_weights(network, state, source):
 
 
 def generator(*numbers, device="cpu"):
-    """A torch generator seeded by several integers, all of which count."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-    return torch.Generator(device).manual_seed(seed)
+    """A torch generator seeded by several non-negative integers."""
+    seed = np.random.SeedSequence([len(numbers), *numbers]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(seed) >> 1)
 
 
 @torch.no_grad()
@@ -606,7 +620,12 @@ def choose_device(name):
     if name == "cuda":
         if not torch.cuda.is_available():
             raise InputError("--device cuda: this torch sees no GPU; --device cpu works everywhere")
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if index >= count:
+            raise InputError(
+                f"--nproc_per_node: process {index} has no GPU, this machine has {count}; --device cpu works"
+            )
+        torch.cuda.set_device(index)
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device(name)
 
@@ -630,6 +649,8 @@ def parse_classes(chosen, classes):
 def sample_files(diffusion, protocol, args, folder, device, rank, world):
     """Write images 0..n-1 as folder/000000.png ..., this process's share of those not there yet."""
     record = folder / "protocol.json"
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder}: is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)
     if record.exists():
         there = json.loads(record.read_text())
@@ -663,73 +684,80 @@ def sample_files(diffusion, protocol, args, folder, device, rank, world):
 # ---- scores -----------------------------------------------------------------------------------------------
 
 
-def frechet_distance(samples, reference, features, weights, device, batch):
-    """Frechet distance between two data sets of (3, S, S) uint8 images, through torch-fidelity (`--features`)."""
-    from torch_fidelity import FeatureExtractorBase, calculate_metrics  # seconds to import: not for every command
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+def load_features(args, device):
+    """`--features` as a function: images (N, 3, S, S) uint8 -> (N, D). Raises InputError where weights are missing."""
+    if args.features != "inception":
+        try:
+            encoder = load_encoder(args.features, device)
+        except ValueError as error:
+            raise InputError(f"--features {args.features}: {error}; or use inception") from error
+        return lambda images: encoder(images / 127.5 - 1)[1]
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-    class EncoderFeatures(FeatureExtractorBase):
-        def __init__(self, name, features_list, **kwargs):
-            super().__init__(name, features_list)
-            self.encoder = load_encoder(features, device)
-
-        @staticmethod
-        def get_provided_features_list():
-            return ("summary",)
-
-        @staticmethod
-        def get_default_feature_layer_for_metric(metric):
-            return "summary"
-
-        def forward(self, images):
-            return (self.encoder(images.float() / 127.5 - 1)[1],)
-
-    if weights and not Path(weights).is_file():
-        raise InputError(f"--features-weights {weights}: no such file")
-    FEATURE_EXTRACTORS_REGISTRY["encoder"] = EncoderFeatures
+    weights = args.features_weights
     try:
-        metrics = calculate_metrics(
-            input1=samples, input2=reference, fid=True, cuda=device.type == "cuda", batch_size=batch, cache=False,
-            feature_extractor=None if features == "inception" else "encoder", feature_extractor_weights_path=weights,
-        )  # fmt: skip
-    except (URLError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        hint = "; or use --features inception"
-        if features == "inception":
-            hint = (
-                f". Without --features-weights, torch-fidelity downloads {URL_INCEPTION_V3} to "
-                f"{torch.hub.get_dir()}/checkpoints; fetch that file yourself and pass --features-weights FILE"
-            )
-        raise InputError(f"--features {features}: {error}{hint}") from error
-    return metrics["frechet_inception_distance"]
+        inception = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights)
+    except Exception as error:  # torch.hub's or urllib's download, torch.load, load_state_dict
+        raise InputError(
+            f"--features inception: the network's weights could not be loaded ({str(error)[:200]}). Without "
+            f"--features-weights, torch-fidelity downloads {URL_INCEPTION_V3} to {torch.hub.get_dir()}/checkpoints; "
+            "fetch that file yourself and pass --features-weights FILE"
+        ) from error
+    inception.eval().requires_grad_(False).to(device)
+    return lambda images: inception(images)[0]
 
 
-def score(files, protocol, args, device, size):
-    """Frechet distance of PNG files to `--score` data through the training crop, printed and saved with its protocol.
-
-    Raises InputError where the sizes do not match.
-    """
-    samples, reference = Images(str(files[0].parent), size), Images(args.score, size)
-    for i, (data, name) in enumerate(((samples, f"--out {files[0].parent}"), (reference, f"--score {args.score}"))):
-        with data.open(0) as image:
-            if min(image.size) < size or (i == 0 and image.size != (size, size)):
+def open_reference(spec, size):
+    """The images of `--score SPEC`. Raises InputError where they are smaller than what they are compared with."""
+    reference = Images(spec, size)
+    for i in range(0, len(reference), math.ceil(len(reference) / 16)):
+        with reference.open(reference.readable(i)[0]) as image:
+            if min(image.size) < size:
                 raise InputError(
-                    f"{name}: images of {image.width}x{image.height} pixels against a model of {size}: a score across "
-                    "sizes compares nothing; give a reference at least as large"
+                    f"--score {spec}: {image.width}x{image.height} pixels ({reference.names[i]}) against a model of "
+                    f"{size}: enlarged images are no reference; give one at least as large"
                 )
-    counts = len(files), len(reference)
-    samples = Subset(samples, range(len(files)))
-    value = frechet_distance(samples, reference, args.features, args.features_weights, device, args.batch)
-    crop = f"centre, box halving, bicubic to {size}"
-    result = {"frechet_distance": value, "features": args.features, "images": counts[0], "reference": args.score,
-              "reference_images": counts[1], "crop": crop, "format": "PNG", **protocol}  # fmt: skip
+    return reference
+
+
+def statistics(images, features, device, batch):
+    """Mean and covariance of the features of the readable images of a data set, and how many they are."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics
+
+    found, loader = [], DataLoader(images, batch, num_workers=min(4, os.cpu_count() or 1))
+    with torch.no_grad(), tqdm(total=len(images), unit="img", desc="features", leave=False) as bar:
+        for _, pixels, good in loader:
+            found.append(features(pixels[good].to(device)).float().cpu())
+            bar.update(len(good))
+    found = torch.cat(found)
+    return fid_features_to_statistics(found), len(found)
+
+
+def score(files, protocol, args, reference, features, device):
+    """Frechet distance (FID, with Inception's features) of PNG files to the reference, by torch-fidelity; printed, and
+    saved in scores.jsonl beside the folder, with its protocol. Raises InputError where the sizes do not match.
+    """
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+
+    for file in files:
+        with Image.open(file) as image:
+            if image.size != (reference.size, reference.size):
+                raise InputError(f"{file}: {image.width}x{image.height} pixels, not the model's {reference.size}")
+    samples, n = statistics(
+        Subset(Images(str(files[0].parent), reference.size), range(len(files))), features, device, args.batch
+    )
+    others, count = statistics(reference, features, device, args.batch)
+    reference.check_unreadable(len(reference) - count)
+    value = fid_statistics_to_metric(samples, others, verbose=False)[KEY_METRIC_FID]
+    result = {"frechet_distance": value, "features": args.features, "features_weights": args.features_weights, "images": n,
+              "reference": args.score, "reference_images": count, "format": "PNG",
+              "crop": f"centre, box halving, bicubic to {reference.size}", **protocol}  # fmt: skip
     for key, entry in result.items():
         print(f"  {key:18} {entry}")
-    if min(counts) < 10_000:
-        print(f"  note: {min(counts)} images; below 10,000 the distance is biased upwards: compare equal counts only")
+    if min(n, count) < 10_000:
+        print(f"  note: {min(n, count)} images; below 10,000 the distance is biased upwards: compare equal counts only")
     with (files[0].parent.parent / "scores.jsonl").open("a") as log:
         log.write(json.dumps({"folder": files[0].parent.name, **result}) + "\n")
-    return value
 
 
 # ---- trajectory -------------------------------------------------------------------------------------------
@@ -752,7 +780,8 @@ def trajectory(diffusion, protocol, args, stem, device, columns=10, rows=8):
     noise = diffusion.codec.eta / 127.5 if diffusion.codec else 1.0  # std of a coefficient's noise, images in [-1, 1]
     t = torch.linspace(1e-3, 1, 1000, dtype=torch.float64)
     alpha, sigma = diffusion.path.alpha_sigma(t)
-    drowned = [t[((alpha / sigma) ** 2 * p / noise**2 < 1).nonzero()[0, 0]].item() for p in power.tolist()]
+    snr = (alpha / sigma) ** 2 * power.double().cpu()[:, None] / noise**2  # (bands, times), falling with t
+    drowned = [t[min(int(row.sum()), len(t) - 1)].item() for row in snr >= 1]
     print("share of a band's final power in the x0 prediction, at t =")
     print("band  SNR<1 at " + "".join(f"{t:6.2f}" for t, _ in shown))
     for band, row in enumerate(shares.tolist()):
@@ -769,6 +798,8 @@ def run_program(main, args):
     try:
         main(args)
     except InputError as error:
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(3)  # process 0 has most likely met the same, says so, and torchrun ends the others
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -777,9 +808,19 @@ def run_program(main, args):
 
 def main(args):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    for flag, value in (("--n", args.n), ("--batch", args.batch), ("--steps", args.steps)):
-        if value < 1:
-            raise InputError(f"{flag} {value}: must be at least 1")
+    for flag, value, least in (
+        ("n", args.n, 1),
+        ("batch", args.batch, 1),
+        ("steps", args.steps, 1),
+        ("seed", args.seed, 0),
+    ):
+        if value < least:
+            raise InputError(f"--{flag} {value}: must be at least {least}")
+    for flag, file in (("npz", args.npz), ("grid", args.grid)):
+        if file and (Path(file).is_dir() or Path(file).suffix != {"npz": ".npz", "grid": ".png"}[flag]):
+            raise InputError(f"--{flag} {file}: must be a file that ends in {'.npz' if flag == 'npz' else '.png'}")
+        if file:
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
     device = choose_device(args.device)
     checkpoint = read_checkpoint(args.run)
     config = checkpoint["config"]
@@ -793,11 +834,14 @@ def main(args):
         raise InputError(f"--guidance {args.guidance}: this model was trained without classes, nothing can guide it")
     if args.guidance != 1 and not config["label_dropout"]:
         raise InputError(f"--guidance {args.guidance}: trained with --label-dropout 0, this model knows no null class")
-    diffusion = Diffusion(config)
-    load_weights(diffusion.network, checkpoint["model" if args.no_ema else "ema"], args.run)
+    diffusion, weights = Diffusion(config), checkpoint["model" if args.no_ema else "ema"]
+    load_weights(diffusion.network, weights, args.run)
     diffusion.network.to(device).eval()
 
-    protocol = {"checkpoint_step": checkpoint["step"], "ema": not args.no_ema, "sampler": sampler, "steps": args.steps,
+    reference = features = None
+    if args.score and rank == 0 and not args.trajectory:  # whatever is wrong with them shows before an hour of sampling
+        reference, features = open_reference(args.score, config["size"]), load_features(args, device)
+    protocol = {"weights": fingerprint(weights), "checkpoint_step": checkpoint["step"], "ema": not args.no_ema, "sampler": sampler, "steps": args.steps,
                 "guidance": args.guidance, "guidance_interval": list(args.guidance_interval), "seed": args.seed,
                 "classes": parse_classes(args.classes, config["classes"])}  # fmt: skip
     name = f"step{checkpoint['step']}-{sampler}{args.steps}-g{args.guidance:g}-seed{args.seed}"
@@ -822,37 +866,32 @@ def main(args):
         write_atomically(args.npz, lambda f: np.savez(f, pixels))
         print(f"{pixels.shape} uint8 in {args.npz}")
     if args.score:
-        score(files, protocol, args, device, config["size"])
+        score(files, protocol, args, reference, features, device)
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(
-        description="Sample, look at and score a trained model.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("run", metavar="RUN_OR_CKPT", help="run folder of train_diffusion.py, or a checkpoint file")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("run", metavar="RUN_OR_CKPT", help="run folder of train_diffusion.py, or a checkpoint file")
     # -n as well: on Python 3.11, torchrun takes --n for an abbreviation of its own flags
-    parser.add_argument("-n", "--n", type=int, default=64, help="images")
-    parser.add_argument("--out", help="folder of the PNG files (default: RUN/samples/, named after the settings)")
-    parser.add_argument("--npz", help="also write them as one uint8 array (n, S, S, 3), the ADM evaluation format")
-    parser.add_argument("--grid", help="file of the grid, all n in it (default: beside --out, the first 64)")
-    parser.add_argument("--batch", type=int, default=64, help="images at a time, in each process")
-    parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone")
-    parser.add_argument(
-        "--sampler", help="vp: dpm++ ddim ddpm euler-ode euler-sde; flow: euler heun sde (default: first)"
-    )
-    parser.add_argument("--steps", type=int, default=50, help="sampler steps")
-    parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 is none")
-    interval = dict(nargs=2, default=[0.0, 1.0], metavar=("A", "B"), help="t between which guidance acts")
-    parser.add_argument("--guidance-interval", type=float, **interval)
-    parser.add_argument("--classes", nargs="+", help="names or numbers, dealt in turn (default: all)")
-    parser.add_argument("--no-ema", action="store_true", help="sample the raw weights instead of their average")
-    parser.add_argument(
-        "--score", metavar="SPEC", help="Frechet distance to this data (as --data of train_diffusion.py)"
-    )
-    parser.add_argument("--features", default="inception", help="inception, or a torch.hub encoder REPO:ENTRY")
-    parser.add_argument("--features-weights", metavar="FILE", help="local Inception weights (default: downloaded)")
-    parser.add_argument("--trajectory", action="store_true", help="only show one sampling run, band by band")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to run")
+    add("-n", "--n", type=int, default=64, help="images (default: 64)")
+    add("--out", metavar="DIR", help="folder of the PNG files (default: in RUN/samples/, named after the settings)")
+    add("--npz", metavar="FILE", help="also write them as one uint8 array (n, S, S, 3), the ADM evaluation format")
+    add("--grid", metavar="FILE", help="the grid, with all n images (default: beside --out, the first 64)")
+    add("--batch", type=int, default=64, help="images at a time, in each process (default: 64)")
+    add("--seed", type=int, default=0, help="image i depends on (seed, i) alone (default: 0)")
+    add("--sampler", help="vp: dpm++, ddim, ddpm, euler-ode, euler-sde; flow: euler, heun, sde (default: the first)")
+    add("--steps", type=int, default=50, help="sampler steps (default: 50)")
+    add("--guidance", type=float, default=1.0, help="classifier-free guidance scale (default: 1, none)")
+    add("--guidance-interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("A", "B"),
+        help="t between which guidance acts (default: 0 1)")  # fmt: skip
+    add("--classes", nargs="+", help="names or numbers, dealt in turn (default: all)")
+    add("--no-ema", action="store_true", help="sample the raw weights instead of their average")
+    add("--score", metavar="SPEC", help="Frechet distance to this data, given as train_diffusion.py's --data")
+    add("--features", default="inception", help="inception, or a torch.hub encoder REPO:ENTRY (default: inception)")
+    add("--features-weights", metavar="FILE", help="local Inception weights (default: torch-fidelity downloads them)")
+    add("--trajectory", action="store_true", help="only show one sampling run, band by band")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: auto)")
     return parser
 
 

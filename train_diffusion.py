@@ -26,12 +26,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from dct import DCTStatistics, ebfr_weights, psnr_per_keep
-from sample import (Diffusion, Images, InputError, choose_device, generate, generator, like, load_weights, make_codec,
+from sample import (Diffusion, Images, InputError, build_network, choose_device, generate, generator, like, load_weights, make_codec,
                     parse_model, read_checkpoint, run_program, save_grid, target, write_atomically)  # fmt: skip
 from spectral_losses import psd
 
@@ -45,7 +45,10 @@ class Processes:
 
     def __init__(self, device_name):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.local_world, self.device = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), choose_device(device_name)
+        self.local_rank, self.local_world = (
+            int(os.environ.get(f"LOCAL_{k}", d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1))
+        )
+        self.device = choose_device(device_name)
         self.main = self.rank == 0
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
@@ -56,6 +59,15 @@ class Processes:
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def local_first(self, make):
+        """make() on local rank 0, then on the others: what it downloads is fetched once a machine."""
+        if self.local_rank > 0:
+            self.barrier()
+        result = make()
+        if self.local_rank == 0:
+            self.barrier()
+        return result
 
     def barrier(self):
         if self.world > 1:
@@ -95,103 +107,102 @@ MEMORY_LIMIT, SMALL = 2**31, 2**26  # bytes one process alone, or each of severa
 DISK_SHARE = 0.8  # of the free disk, for a file
 
 
-class Readable(Dataset):
-    """Items (index, image or zeros, was it readable)."""
-
-    def __init__(self, images):
-        self.images = images
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        image, size = self.images.read(i), self.images.size
-        return i, torch.zeros(3, size, size, dtype=torch.uint8) if image is None else image, image is not None
-
-
 class Store:
     """The training images as uint8, decoded once to memory or to a memory-mapped file, or anew at every use.
 
-    Attributes: count (readable images), labels (count,) long or None, how (which of the three, and why).
+    Attributes: count (readable images), labels (of all images, long, or None), how (which of the three, and why).
     """
 
     def __init__(self, images, folder, processes, workers):
-        self.images, self.workers, size = images, workers, images.size
-        need, free_disk = len(images) * 3 * size * size, shutil.disk_usage(folder).free
+        self.images, self.workers, self.unreadable, size = images, workers, set(), images.size
+        need, limit = len(images) * 3 * size * size, MEMORY_LIMIT if processes.world == 1 else SMALL
         self.file, self.data = Path(folder) / f"images-{size}.u8", None
-        named = f"{len(images)} images of {size} px"
-        indices = np.arange(len(images))
-        limit = MEMORY_LIMIT if processes.world == 1 else SMALL
+        named, room = f"{len(images)} images of {size} px", f"{need / 2**20:,.0f} MiB"
         if need <= limit:
-            self.how = f"{named}, in memory ({need / 2**20:,.0f} MiB, no more than {limit / 2**20:.0f})"
+            self.how = f"{named}, in memory ({room}, no more than {limit / 2**20:.0f})"
             self.data = np.empty((len(images), 3, size, size), np.uint8)
-            readable = self._decode(indices, processes)
-        elif need <= DISK_SHARE * free_disk or self.file.exists():
+            self._decode(range(len(images)), processes)
+        elif self._file_fits(need, processes):
             why = "shared by the processes" if processes.world > 1 else "too large for memory"
-            self.how = f"{named}, in {self.file} ({need / 2**20:,.0f} MiB, {why})"
-            readable = self._map(indices, processes)
+            self.how = f"{named}, in {self.file} ({room}, {why})"
+            self._map(processes)
         else:
-            self.how = (
-                f"{named}, decoded on the fly by {workers} workers ({need / 2**20:,.0f} MiB, too large for the disk)"
-            )
-            readable = np.ones(len(images), bool)
-        images.check_unreadable(int((~readable).sum()))
-        self.indices = indices[readable]
+            self.how = f"{named}, decoded on the fly by {workers} workers ({room}, too large for the disk)"
+        images.check_unreadable(len(self.unreadable))
+        self.indices = np.delete(np.arange(len(images)), sorted(self.unreadable))
         self.count = len(self.indices)
-        self.labels = None if images.labels is None else torch.tensor(images.labels)[torch.from_numpy(self.indices)]
+        self.labels = None if images.labels is None else torch.tensor(images.labels)
+        if self.unreadable:
+            self.how += f", {len(self.unreadable)} unreadable skipped"
 
     def _decode(self, indices, processes):
-        """Fill self.data at these indices -> which of all images are readable (those of others count as such)."""
+        """Fill self.data at these indices, and self.unreadable."""
         workers = self.workers if len(indices) > 512 else 0
-        loader = DataLoader(Subset(Readable(self.images), indices), 64, num_workers=workers)
-        readable = np.ones(len(self.images), bool)
+        loader = DataLoader(Subset(self.images, indices), 64, num_workers=workers)
         with tqdm(total=len(indices), unit="img", desc="decode", disable=not processes.main, leave=False) as bar:
             for where, pixels, good in loader:
                 self.data[where.numpy()] = pixels.numpy()
-                readable[where.numpy()] = good.numpy()
+                self.unreadable |= set(where[~good].tolist())
                 bar.update(len(where))
-        return readable
 
-    def _map(self, indices, processes):
-        record = self.file.with_suffix(".json")
-        names, size = self.images.names, self.images.size
-        made_of = {"data": self.images.spec, "count": len(names), "first": str(names[0]), "last": str(names[-1])}
-        shape = (len(names), 3, size, size)
-        there = json.loads(record.read_text()) if record.exists() else None
-        if there is None or there["made_of"] != made_of:
-            partial = self.file.with_suffix(".part")
+    def _made_of(self):
+        names = self.images.names
+        return {"data": self.images.spec, "count": len(names), "first": str(names[0]), "last": str(names[-1])}
+
+    def _file_fits(self, need, processes):
+        """Is the file of these images there, or room for it? Process 0 looks, and drops what is of no use."""
+        answer, record = torch.zeros(1, device=processes.device), self.file.with_suffix(".json")
+        if processes.main:
+            there = record.exists() and json.loads(record.read_text())["made_of"] == self._made_of()
+            if not there:
+                for stale in (record, self.file, self.file.with_suffix(".part")):
+                    stale.unlink(missing_ok=True)
+            answer += there or need <= DISK_SHARE * shutil.disk_usage(self.file.parent).free
+        return processes.sum(answer).item() > 0
+
+    def _map(self, processes):
+        record, partial = self.file.with_suffix(".json"), self.file.with_suffix(".part")
+        shape = (len(self.images), 3, self.images.size, self.images.size)
+        if not record.exists():
             if processes.main:
                 np.memmap(partial, np.uint8, "w+", shape=shape).flush()
             processes.barrier()
             self.data = np.memmap(partial, np.uint8, "r+", shape=shape)
-            bad = torch.from_numpy(~self._decode(indices[processes.rank :: processes.world], processes)).int()
+            self._decode(range(processes.rank, len(self.images), processes.world), processes)
             self.data.flush()
-            bad = processes.sum(bad.to(processes.device)).cpu()  # also waits for every process
+            bad = torch.zeros(len(self.images), dtype=torch.int32, device=processes.device)
+            bad[sorted(self.unreadable)] = 1
+            processes.sum(bad)
             if processes.main:
                 os.replace(partial, self.file)
-                entry = json.dumps({"made_of": made_of, "unreadable": bad.nonzero().flatten().tolist()})
+                entry = json.dumps({"made_of": self._made_of(), "unreadable": bad.nonzero().flatten().tolist()})
                 write_atomically(record, lambda f: f.write(entry.encode()))
-            processes.barrier()
-            there = json.loads(record.read_text())
+        processes.barrier()
+        self.unreadable = set(json.loads(record.read_text())["unreadable"])
         self.data = np.memmap(self.file, np.uint8, "r", shape=shape)
-        readable = np.ones(len(indices), bool)
-        readable[there["unreadable"]] = False
-        return readable
 
-    def __getitem__(self, indices):
-        """Images number `indices` (n,) of the readable ones -> (n, 3, S, S) uint8."""
-        where = self.indices[np.asarray(indices)]
-        return torch.stack([self.images[i] for i in where]) if self.data is None else torch.from_numpy(self.data[where])
+    def __getitem__(self, numbers):
+        """Readable images with these numbers (n,), 0..count-1 -> (n, 3, S, S) uint8."""
+        where = self.indices[np.asarray(numbers)]
+        if self.data is None:
+            return torch.stack([self.images.readable(i)[1] for i in where.tolist()])
+        return torch.from_numpy(self.data[where])
 
     def batches(self, order, steps, share):
-        """This process's `share` (a slice) of each step's images, (n, 3, S, S) uint8, for the steps of a range."""
-        wanted, pin = (order(step)[share] for step in steps), torch.cuda.is_available()
+        """This process's `share` (a slice) of each step of a range: indices (n,) into the labels, (n, 3, S, S) uint8."""
+        wanted, pin = (self.indices[order(step)[share].numpy()] for step in steps), torch.cuda.is_available()
         if self.data is not None:
-            for indices in wanted:
-                yield self[indices].pin_memory() if pin else self[indices]
-        else:
-            where = (self.indices[indices.numpy()] for indices in wanted)
-            yield from DataLoader(self.images, batch_sampler=where, num_workers=self.workers, pin_memory=pin)
+            for where in wanted:
+                pixels = torch.from_numpy(self.data[where])
+                yield torch.from_numpy(where), pixels.pin_memory() if pin else pixels
+            return
+        loader = DataLoader(self.images, batch_sampler=wanted, num_workers=self.workers, pin_memory=pin)
+        for where, pixels, good in loader:
+            for k in (~good).nonzero().flatten().tolist():  # another image, and its label, for an unreadable one
+                self.unreadable.add(where[k].item())
+                self.images.check_unreadable(len(self.unreadable))
+                where[k], pixels[k] = self.images.readable(where[k].item())
+            yield where, pixels
 
 
 # ---- method -----------------------------------------------------------------------------------------------
@@ -258,17 +269,24 @@ def fit_codec(store, size, block, processes, limit=(50_000, 300e6)):
     return statistics.eta(), statistics.entropies(), count
 
 
-def band_errors(diffusion, x0, eps, y, levels=(0.1, 0.5, 0.9)):
+@torch.no_grad()
+def band_errors(diffusion, store, parts, seed, device, levels=(0.1, 0.5, 0.9)):
     """Power of the x0 error over power of the image, per radial band, at a low, middle and high t (DCTdiff, section 3)
-    -> {t: [16 numbers]}, low to high; 1 is a prediction that knows nothing of the band.
+    -> {t: [16 numbers]}, low to high; 1 is a prediction that knows nothing of the band, None a band without power.
+    parts: numbers of images in the store, a batch at a time; their noise follows from the seed.
     """
-    images, errors, denoise = diffusion.decode(x0), {}, diffusion.denoiser(y)
-    for level in levels:
-        t = torch.full((len(x0),), level, device=x0.device)
-        alpha, sigma = diffusion.path.alpha_sigma(like(t, x0))
-        predicted = diffusion.decode(denoise(alpha * x0 + sigma * eps, t)[0])
-        errors[str(level)] = (psd(predicted - images).mean(0) / psd(images).mean(0)).tolist()
-    return errors
+    power, errors, noise = 0, {level: 0 for level in levels}, generator(seed, 2)
+    for numbers in parts:
+        x0 = diffusion.encode(store[numbers].to(device) / 127.5 - 1)
+        images, eps = diffusion.decode(x0), torch.randn(x0.shape, generator=noise).to(device)
+        y = store.labels[store.indices[numbers]].to(device) if diffusion.classes else None
+        power, denoise = power + psd(images).sum(0), diffusion.denoiser(y)
+        for level in levels:
+            t = torch.full((len(x0),), level, device=device)
+            alpha, sigma = diffusion.path.alpha_sigma(like(t, x0))
+            errors[level] += psd(diffusion.decode(denoise(alpha * x0 + sigma * eps, t)[0]) - images).sum(0)
+    ratios = {str(level): (error / power).tolist() for level, error in errors.items()}
+    return {level: [r if math.isfinite(r) else None for r in ratio] for level, ratio in ratios.items()}
 
 
 # ---- measuring --------------------------------------------------------------------------------------------
@@ -413,13 +431,29 @@ def complete(args):
         name = Path(args.data.replace(":", "-")).resolve().stem
         args.out = f"runs/{name}-{args.size}-{args.space}-{args.model.lower().replace('/', '-')}"
     least = dict(
-        size=1, steps=1, batch=1, grad_accum=1, log_every=1, eval_every=1, save_every=1, lr=0, clip=0, snr_scale=1e-9
+        size=1,
+        steps=1,
+        batch=1,
+        grad_accum=1,
+        log_every=1,
+        eval_every=1,
+        save_every=1,
+        lr=0,
+        clip=0,
+        snr_scale=1e-9,
+        seed=0,
+        weight_decay=0,
+        warmup=0,
+        benchmark=0,
+        workers=0,
     )
     for name, minimum in least.items():
-        if getattr(args, name) < minimum:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {minimum:g}")
-    if not 0 <= args.label_dropout < 1 or not 0 <= args.ema < 1:
-        raise InputError(f"--label-dropout {args.label_dropout} and --ema {args.ema} must lie in [0, 1)")
+        value = getattr(args, name)
+        if value is not None and value < minimum:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {minimum:g}")
+    for name, value in (("label_dropout", args.label_dropout), ("ema", args.ema), *(("betas", b) for b in args.betas)):
+        if not 0 <= value < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must lie in [0, 1)")
 
 
 def plain_arguments(args):
@@ -433,7 +467,7 @@ def open_run(args):
         if args.fresh:
             raise InputError(f"--fresh: {run} holds a run; --fresh starts in an empty folder only, name another --out")
         checkpoint = read_checkpoint(run)
-        there, now = checkpoint["args"], plain_arguments(args)
+        there, now = checkpoint.get("args", {}), plain_arguments(args)
         changed = [
             f"--{k.replace('_', '-')} {there.get(k)} there, {v} now" for k, v in now.items() if there.get(k) != v
         ]
@@ -442,6 +476,8 @@ def open_run(args):
                 f"{run} was made with other arguments: {'; '.join(changed)}. Give the same, or another --out"
             )
         return checkpoint
+    if run.exists() and not run.is_dir():
+        raise InputError(f"--out {run}: is a file; name a folder")
     own = ("metrics.jsonl", "samples", "checkpoint.pt.tmp", "images-")
     others = [p.name for p in run.iterdir() if not p.name.startswith(own)] if run.is_dir() else []
     if others or (args.fresh and run.is_dir() and any(run.iterdir())):
@@ -455,66 +491,68 @@ def open_run(args):
 
 def benchmark(args, images, diffusion, weights, processes, amp):
     """`--benchmark N`: times of N steps, part by part, and of file to tokens; nothing is written."""
-    device, say, (context, dtype) = processes.device, processes.print, amp
-    threads, count = torch.get_num_threads(), len(images)
+    device, say, (context, dtype), clock = processes.device, processes.print, amp, time.perf_counter
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    clock = time.perf_counter
 
     def lap(function, items):
         start, results = clock(), [function(item) for item in items]
         return (clock() - start) / len(results) * 1e3, results
 
-    read, pixels = lap(images.__getitem__, range(count))  # decode, crop, resize
-    lap(lambda p: diffusion.encode(p[None].to(device) / 127.5 - 1), pixels[:4])
-    encode, _ = lap(lambda p: diffusion.encode(p[None].to(device) / 127.5 - 1), pixels)
+    read, pixels = lap(images.read, range(len(images)))  # decode, crop, resize
+    pixels = [image for image in pixels if image is not None]
+    lap(lambda image: diffusion.encode(image[None].to(device) / 127.5 - 1), pixels[:4])  # warms up
+    encode, _ = lap(lambda image: diffusion.encode(image[None].to(device) / 127.5 - 1), pixels)
     synchronize(device)
     torch.set_num_threads(threads)
-    say(
-        f"data, one core   {read + encode:8.2f} ms/image = {read:.2f} file to pixels + {encode:.2f} pixels to network input"
-    )
-    say(f"                 {1e3 / (read + encode):8.0f} images/s a core, {count} images of {args.size} px")
+    split = f"{read:.2f} file to pixels + {encode:.2f} pixels to network input"
+    say(f"data, one core   {read + encode:8.2f} ms/image = {split}")
+    say(f"                 {1e3 / (read + encode):8.0f} images/s a core, {len(pixels)} images of {args.size} px")
 
     network = processes.wrap(torch.compile(diffusion.network) if args.compile else diffusion.network)
-    optimizer = make_optimizer(diffusion.network, args)
-    n, parts, marks = args.batch // processes.world, [], []
+    optimizer, names = make_optimizer(diffusion.network, args), ("data", "forward", "backward", "optimizer")
+    n, all_times = args.batch // processes.world, []
+    batch = torch.stack(pixels).repeat(math.ceil(n / len(pixels)), 1, 1, 1)[:n]
+    times, last = {}, clock()
 
-    def mark():
+    def add_time(name):
+        nonlocal last
         synchronize(device)
-        marks.append(clock())
+        times[name] += clock() - last
+        last = clock()
 
-    batch = torch.stack(pixels).repeat(math.ceil(n / count), 1, 1, 1)[:n]
     for step in range(args.benchmark + 2):
-        marks.clear()
-        mark()
+        times.update(dict.fromkeys(names, 0.0))
+        last = clock()
         x0 = diffusion.encode(batch.to(device) / 127.5 - 1)
         t, eps, drop, _ = draw_step(args.seed, step, n, diffusion.shape, args, diffusion.path, device)
         y = torch.zeros(n, dtype=torch.long, device=device) if diffusion.classes else None
-        mark()
-        with context():
-            loss = diffusion_loss(diffusion, network, x0, eps, t, y, drop, weights).mean()
-        mark()
-        loss.backward()
-        mark()
+        add_time("data")
+        for part in torch.arange(n, device=device).chunk(args.grad_accum):
+            with context():
+                labels = None if y is None else y[part]
+                loss = diffusion_loss(diffusion, network, x0[part], eps[part], t[part], labels, drop[part], weights)
+            add_time("forward")
+            loss.mean().backward()
+            add_time("backward")
         torch.nn.utils.clip_grad_norm_(diffusion.network.parameters(), args.clip or math.inf)
         optimizer.step()
         optimizer.zero_grad()
-        mark()
-        parts.append(np.diff(marks))
-    parts = np.median(parts[2:], 0)  # the first two warm up
-    step = parts.sum()
-    rate, own = flops_per_image(diffusion, device) * n / step / 1e9, matmul_rate(device, dtype) / 1e9
-    split = " + ".join(
-        f"{ms * 1e3:.1f} {name}" for ms, name in zip(parts, ("data", "forward", "backward", "optimizer"))
-    )
-    say(f"step             {step * 1e3:8.1f} ms = {split}, median of {args.benchmark}")
-    say(f"training         {n * processes.world / step:8.1f} images/s, batch {n} x {processes.world}")
-    say(f"arithmetic       {rate:8.1f} GFLOP/s a process, {rate / own:.0%} of its {own:.0f} in one matrix product")
+        add_time("optimizer")
+        all_times.append(list(times.values()))
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
     else:
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    parts = np.median(all_times[2:], 0)  # the first two warm up
+    step = parts.sum()
+    rate, own = flops_per_image(diffusion, device) * n / step / 1e9, matmul_rate(device, dtype) / 1e9
+    split = " + ".join(f"{seconds * 1e3:.1f} {name}" for name, seconds in zip(names, parts))
+    say(f"step             {step * 1e3:8.1f} ms = {split}, median of {args.benchmark}")
+    say(f"training         {n * processes.world / step:8.1f} images/s, batch {n} x {processes.world}")
+    say(f"arithmetic       {rate:8.1f} GFLOP/s a process, {rate / own:.0%} of its {own:.0f} in one matrix product")
     say(f"peak memory      {peak / 2**20:8.0f} MiB")
 
 
@@ -530,15 +568,16 @@ def make_optimizer(network, args):
     return torch.optim.AdamW(trained, args.lr, tuple(args.betas), weight_decay=args.weight_decay, fused=True)
 
 
-def evaluate(diffusion, held, folder, step, args, device):
-    """A grid of EMA samples from fixed noise into RUN/samples/, and the x0 error by radial band."""
-    count = 64 if args.size <= 64 else 16
-    y = torch.arange(count, device=device) % len(diffusion.classes) if diffusion.classes else None
-    guidance = GRID_GUIDANCE if diffusion.classes and args.label_dropout else 1.0
-    images = generate(diffusion, range(count), args.seed, device, y, steps=GRID_STEPS, guidance=guidance)
-    save_grid(images, folder / "samples" / f"step{step:07d}.png", math.isqrt(count))
-    with torch.no_grad():
-        return band_errors(diffusion, *held)
+def evaluate(diffusion, store, folder, step, args, device, batch):
+    """A grid of samples from fixed noise into RUN/samples/, and the x0 error by radial band of fixed images."""
+    count, classes = 64 if args.size <= 64 else 16, diffusion.classes
+    guidance, images = GRID_GUIDANCE if classes and args.label_dropout else 1.0, []
+    for part in torch.arange(count).split(batch):
+        y = (part % len(classes)).to(device) if classes else None
+        images.append(generate(diffusion, part, args.seed, device, y, steps=GRID_STEPS, guidance=guidance))
+    save_grid(torch.cat(images), folder / "samples" / f"step{step:07d}.png", math.isqrt(count))
+    chosen = torch.linspace(0, store.count - 1, 256 if args.size <= 64 else 32, dtype=torch.float64).long()
+    return band_errors(diffusion, store, chosen.split(batch), args.seed, device)
 
 
 def main(args):
@@ -553,7 +592,7 @@ def main(args):
         )
     local, micro = args.batch // processes.world, args.batch // parts
     share = slice(processes.rank * local, (processes.rank + 1) * local)
-    images = Images(args.data, args.size)
+    images = processes.local_first(lambda: Images(args.data, args.size))
     if args.benchmark:
         images.thin(2**24 // args.size**2)
     checkpoint = None if args.benchmark else open_run(args)
@@ -561,27 +600,28 @@ def main(args):
     if checkpoint and checkpoint["step"] >= args.steps:
         return finished(args, say, checkpoint["step"], again=True)
 
+    if args.classes and not images.classes:
+        raise InputError(f"--classes: {args.data} has none; sort its images into a folder a class, or leave it out")
+    classes = images.classes if args.classes is not False else None
+    named = ("space", "size", "model", "path", "snr_scale", "predict", "label_dropout", "block", "keep")
+    config = {name: getattr(args, name) for name in named} | {"classes": classes}
+    with torch.device("meta"):
+        build_network(config | {"eta": 1.0})  # raises before any work where model and size do not fit
+
     # ---- data
     if not args.benchmark:  # which writes nothing
         folder.mkdir(parents=True, exist_ok=True)
     workers = args.workers if args.workers is not None else min(8, (os.cpu_count() or 1) // processes.local_world)
     store = Store(images, "." if args.benchmark else folder, processes, workers)
-    if args.classes and not images.classes:
-        raise InputError(
-            f"--classes: {args.data} has none; sort its images into a folder a class, or leave --classes out"
-        )
-    classes = images.classes if args.classes is not False else None
 
     # ---- model
     if checkpoint:
-        config = checkpoint["config"]
-    else:
-        config = {
-            k: getattr(args, k) for k in ("space", "size", "model", "path", "snr_scale", "predict", "label_dropout")
-        }
-        config["classes"] = classes
-        if args.space == "dct":
-            config |= measure_codec(args, store, processes)
+        config, there = checkpoint["config"], (checkpoint["config"]["classes"], checkpoint["data_count"])
+        if there != (classes, store.count):
+            raise InputError(f"--data {args.data} has changed since {folder} was begun: then {there[1]} images of classes "
+                             f"{there[0]}, now {store.count} of {classes}. Restore it, or name another --out")  # fmt: skip
+    elif args.space == "dct":
+        config |= measure_codec(args, store, processes)
     torch.manual_seed(args.seed)  # the same weights in every process
     diffusion = Diffusion(config)
     network = diffusion.network.to(device).train()
@@ -590,9 +630,8 @@ def main(args):
     if args.benchmark:
         return benchmark(args, images, diffusion, weights, processes, (amp, dtype))
     optimizer, ema = make_optimizer(network, args), copy.deepcopy(network).eval().requires_grad_(False)
-    # Without fp16 the scale is 1 and only the skipping of non-finite steps is used.
-    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if dtype == torch.float16 else 1.0,
-                                  growth_interval=2000 if dtype == torch.float16 else 2**31 - 1)  # fmt: skip
+    # Without fp16 the scale stays 1 and only the skipping of non-finite steps is used.
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if dtype == torch.float16 else 1.0)
 
     # ---- resume
     step = 0
@@ -615,7 +654,7 @@ def main(args):
         if processes.main:
             state = {
                 "model": network.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(), "step": step, "images_seen": step * args.batch, "config": config,
+                "scaler": scaler.state_dict(), "step": step, "images_seen": step * args.batch, "data_count": store.count, "config": config,
                 # the data order and every random draw of the steps to come follow from these two and images_seen
                 "random": {"seed": args.seed, "next_step": step}, "args": plain_arguments(args),
             }  # fmt: skip
@@ -627,18 +666,14 @@ def main(args):
     meter, started, steps_then, flops = Meter(device), time.perf_counter(), step, 0
     if device.type == "cuda":
         flops, peak = flops_per_image(diffusion, device), matmul_rate(device, dtype) * processes.world
-    chosen = order(0)[: 256 if args.size <= 64 else 32]  # for the x0 error by band
-    held_eps = torch.randn(len(chosen), *diffusion.shape, generator=generator(args.seed, 2)).to(device)
-    held_x0 = diffusion.encode(store[chosen].to(device) / 127.5 - 1)
-    held = held_x0, held_eps, store.labels[chosen].to(device) if classes else None
     bar = tqdm(total=args.steps * args.batch, initial=step * args.batch, unit="img", unit_scale=True, desc="train",
                dynamic_ncols=True, disable=not processes.main, mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
-    for pixels in store.batches(order, range(step, args.steps), share):
+    for where, pixels in store.batches(order, range(step, args.steps), share):
         drawn = draw_step(args.seed, step, args.batch, diffusion.shape, args, diffusion.path, device)
         t, eps, drop, flip = (values[share] for values in drawn)
         x0 = pixels.to(device, non_blocking=True) / 127.5 - 1  # (N, 3, S, S)
         x0 = diffusion.encode(torch.where(like(flip, x0), x0.flip(-1), x0))
-        y = store.labels[order(step)[share]].to(device) if classes else None
+        y = store.labels[where].to(device) if classes else None
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         for start in range(0, local, micro):
@@ -652,7 +687,7 @@ def main(args):
         scaler.unscale_(optimizer)
         meter.add_step(torch.nn.utils.clip_grad_norm_(network.parameters(), args.clip or math.inf))
         scaler.step(optimizer)
-        scaler.update()
+        scaler.update(None if dtype == torch.float16 else 1.0)
         optimizer.zero_grad(set_to_none=True)
         update_ema(ema, network, step, args.ema)
         step += 1
@@ -673,14 +708,14 @@ def main(args):
                     f"is the last good one. Lower --lr {args.lr:g}, or --amp off"
                 )
             started, steps_then = time.perf_counter(), step
-        # evaluate
-        if step % args.eval_every == 0 or step == args.steps:
-            if processes.main:
-                metrics.write(step=step, x0_error_by_band=evaluate(sampled, held, folder, step, args, device))
-            started, steps_then = time.perf_counter(), step
         # save
         if step % args.save_every == 0 or step == args.steps:
             save()
+        # evaluate
+        if step % args.eval_every == 0 or step == args.steps:
+            if processes.main:
+                metrics.write(step=step, x0_error_by_band=evaluate(sampled, store, folder, step, args, device, micro))
+            started, steps_then = time.perf_counter(), step
     bar.close()
     finished(args, say, step)
 
@@ -688,15 +723,17 @@ def main(args):
 def measure_codec(args, store, processes):
     """The codec's part of a config, measured on the data and shown: eta, entropies, PSNR per `keep`."""
     eta, entropies, count = fit_codec(store, args.size, args.block, processes)
-    some = store[torch.linspace(0, store.count - 1, min(store.count, 64)).long()] / 127.5 - 1
-    psnr = psnr_per_keep(some, args.block)
     say = processes.print
+    if not processes.main:
+        return {"eta": eta, "entropies": entropies.tolist()}
+    some = store[torch.linspace(0, store.count - 1, min(store.count, 64 if args.size <= 128 else 16)).long()]
+    psnr = psnr_per_keep(some.to(processes.device) / 127.5 - 1, args.block)
     say(f"codec    B {args.block}, keep {args.keep}, eta {eta:.3f} from {count} images")
     shown = sorted({1, max(1, args.keep // 2), args.keep, min(args.keep + 1, len(psnr)), len(psnr)})
     say("         PSNR by keep, dB: " + ", ".join(f"{k}: {psnr[k - 1]:.1f}" for k in shown))
     for name, row in zip(("Y", "Cb", "Cr"), entropies[:, : args.keep].tolist()):
         say(f"         H({name}) ".ljust(15) + " ".join(f"{h:.2f}" for h in row[:12]) + " ..." * (len(row) > 12))
-    return {"block": args.block, "keep": args.keep, "eta": eta, "entropies": entropies.tolist()}
+    return {"eta": eta, "entropies": entropies.tolist()}
 
 
 def finished(args, say, step, again=False):
