@@ -394,7 +394,7 @@ def heun(denoise, path, x, steps, noise):
 
 
 def flow_sde(denoise, path, x, steps, noise):
-    """Euler-Maruyama of SiT's reverse SDE with diffusion w = 2t; the last step, from t = 0.04 (with c = 1), without noise."""
+    """Euler-Maruyama of SiT's reverse SDE with diffusion w = 2t; the last step, from t = 0.04 (at c = 1), adds none."""
     times = F.pad(_grid(path, max(1, steps - 1), x, end=0.04)[:steps], (0, 1))
     for t, s in zip(times, times[1:]):
         x0, eps = denoise(x, _full(t, x))
@@ -749,8 +749,8 @@ def score(files, protocol, args, reference, features, device):
     others, count = statistics(reference, features, device, args.batch)
     reference.check_unreadable(len(reference) - count)
     value = fid_statistics_to_metric(samples, others, verbose=False)[KEY_METRIC_FID]
-    result = {"frechet_distance": value, "features": args.features, "features_weights": args.features_weights, "images": n,
-              "reference": args.score, "reference_images": count, "format": "PNG",
+    result = {"frechet_distance": value, "features": args.features, "features_weights": args.features_weights,
+              "images": n, "reference": args.score, "reference_images": count, "format": "PNG",
               "crop": f"centre, box halving, bicubic to {reference.size}", **protocol}  # fmt: skip
     for key, entry in result.items():
         print(f"  {key:18} {entry}")
@@ -841,8 +841,8 @@ def main(args):
     reference = features = None
     if args.score and rank == 0 and not args.trajectory:  # whatever is wrong with them shows before an hour of sampling
         reference, features = open_reference(args.score, config["size"]), load_features(args, device)
-    protocol = {"weights": fingerprint(weights), "checkpoint_step": checkpoint["step"], "ema": not args.no_ema, "sampler": sampler, "steps": args.steps,
-                "guidance": args.guidance, "guidance_interval": list(args.guidance_interval), "seed": args.seed,
+    protocol = {"weights": fingerprint(weights), "checkpoint_step": checkpoint["step"], "ema": not args.no_ema,
+                "sampler": sampler, "steps": args.steps, "guidance": args.guidance, "guidance_interval": list(args.guidance_interval), "seed": args.seed,
                 "classes": parse_classes(args.classes, config["classes"])}  # fmt: skip
     name = f"step{checkpoint['step']}-{sampler}{args.steps}-g{args.guidance:g}-seed{args.seed}"
     if args.guidance_interval != [0, 1]:

@@ -31,8 +31,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from dct import DCTStatistics, ebfr_weights, psnr_per_keep
-from sample import (Diffusion, Images, InputError, build_network, choose_device, generate, generator, like, load_weights, make_codec,
-                    parse_model, read_checkpoint, run_program, save_grid, target, write_atomically)  # fmt: skip
+from sample import (Diffusion, Images, InputError, build_network, choose_device, generate, generator, like,
+                    load_weights, make_codec, parse_model, read_checkpoint, run_program, save_grid, target,
+                    write_atomically)  # fmt: skip
 from spectral_losses import psd
 
 # ---- set-up: processes, data order ------------------------------------------------------------------------
@@ -620,8 +621,10 @@ def main(args):
     if checkpoint:
         config, there = checkpoint["config"], (checkpoint["config"]["classes"], checkpoint["data_count"])
         if there != (classes, store.count):
-            raise InputError(f"--data {args.data} has changed since {folder} was begun: then {there[1]} images of classes "
-                             f"{there[0]}, now {store.count} of {classes}. Restore it, or name another --out")  # fmt: skip
+            raise InputError(
+                f"--data {args.data} has changed since {folder} was begun: then {there[1]} images of classes {there[0]}, "
+                f"now {store.count} of {classes}. Restore it, or name another --out"
+            )
     elif args.space == "dct":
         config |= measure_codec(args, store, processes)
     torch.manual_seed(args.seed)  # the same weights in every process
@@ -647,29 +650,33 @@ def main(args):
     order = DataOrder(store.count, args.batch, args.seed)
     epochs = args.steps * args.batch / store.count
     say(f"data     {store.how}" + (f", {len(classes)} classes" if classes else ", no classes"))
-    say(f"model    {args.model}, {sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6:.2f}M parameters, "
-        f"input {' x '.join(map(str, diffusion.shape))}, {args.path} path, predicts {args.predict}")  # fmt: skip
-    say(f"training {args.steps} steps of {args.batch} = {epochs:.1f} epochs on {processes.world} x {device.type}"
-        + (f", resumed at step {step}" if checkpoint else "") + f", into {folder}")  # fmt: skip
+    millions = sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6
+    say(f"model    {args.model}, {millions:.2f}M parameters, input {' x '.join(map(str, diffusion.shape))}")
+    say(f"         {args.path} path, c = {args.snr_scale:g}, predicts {args.predict}")
+    say(f"training {args.steps} steps of {args.batch} = {epochs:.1f} epochs, on {processes.world} x {device.type}")
+    say(f"         into {folder}" + (f", resumed at step {step}" if checkpoint else ""))
 
     def save():
         if processes.main:
             state = {
                 "model": network.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(), "step": step, "images_seen": step * args.batch, "data_count": store.count, "config": config,
-                # the data order and every random draw of the steps to come follow from these two and images_seen
-                "random": {"seed": args.seed, "next_step": step}, "args": plain_arguments(args),
+                "scaler": scaler.state_dict(), "step": step, "images_seen": step * args.batch, "config": config,
+                # the data order and every random draw of the steps to come follow from these
+                "random": {"seed": args.seed, "next_step": step}, "data_count": store.count,
+                "args": plain_arguments(args),
             }  # fmt: skip
             write_atomically(folder / "checkpoint.pt", lambda f: torch.save(state, f))
 
     # ---- loop
-    wrapped = processes.wrap(torch.compile(network) if args.compile else network)
-    metrics = MetricsFile(folder / "metrics.jsonl", step) if processes.main else None
-    meter, started, steps_then, flops = Meter(device), time.perf_counter(), step, 0
+    flops = peak = 0
     if device.type == "cuda":
         flops, peak = flops_per_image(diffusion, device), matmul_rate(device, dtype) * processes.world
+    wrapped = processes.wrap(torch.compile(network) if args.compile else network)
+    metrics = MetricsFile(folder / "metrics.jsonl", step) if processes.main else None
+    meter, started, steps_then = Meter(device), time.perf_counter(), step
     bar = tqdm(total=args.steps * args.batch, initial=step * args.batch, unit="img", unit_scale=True, desc="train",
-               dynamic_ncols=True, disable=not processes.main, mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
+               dynamic_ncols=True, disable=not processes.main,
+               mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
     for where, pixels in store.batches(order, range(step, args.steps), share):
         drawn = draw_step(args.seed, step, args.batch, diffusion.shape, args, diffusion.path, device)
         t, eps, drop, flip = (values[share] for values in drawn)
