@@ -603,13 +603,16 @@ def save_grid(images, file, columns):
     return file
 
 
-def write_atomically(file, write):
-    """write(binary file) beside `file`, then rename: what was there stays until the new one is whole."""
+def write_atomically(file, write, sync=True):
+    """write(binary file) beside `file`, then rename: what was there stays until the new one is whole. `sync` waits for
+    the disk, so that a power cut is survived as well.
+    """
     partial = Path(f"{file}.tmp")
     with partial.open("wb") as handle:
         write(handle)
         handle.flush()
-        os.fsync(handle.fileno())
+        if sync:
+            os.fsync(handle.fileno())
     os.replace(partial, file)
 
 
@@ -674,7 +677,7 @@ def sample_files(diffusion, protocol, args, folder, device, rank, world):
             images = generate(diffusion, indices, args.seed, device, y, protocol["sampler"], protocol["steps"],
                               protocol["guidance"], protocol["guidance_interval"])  # fmt: skip
             for i, pixels in zip(indices, to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()):
-                write_atomically(files[i], functools.partial(Image.fromarray(pixels).save, format="PNG"))
+                write_atomically(files[i], functools.partial(Image.fromarray(pixels).save, format="PNG"), sync=False)
             bar.update(len(indices) * world)
     while rank == 0 and not all(file.exists() for file in files):  # the other processes' share; no collective
         time.sleep(0.2)
@@ -842,7 +845,8 @@ def main(args):
     if args.score and rank == 0 and not args.trajectory:  # whatever is wrong with them shows before an hour of sampling
         reference, features = open_reference(args.score, config["size"]), load_features(args, device)
     protocol = {"weights": fingerprint(weights), "checkpoint_step": checkpoint["step"], "ema": not args.no_ema,
-                "sampler": sampler, "steps": args.steps, "guidance": args.guidance, "guidance_interval": list(args.guidance_interval), "seed": args.seed,
+                "sampler": sampler, "steps": args.steps, "guidance": args.guidance,
+                "guidance_interval": list(args.guidance_interval), "seed": args.seed,
                 "classes": parse_classes(args.classes, config["classes"])}  # fmt: skip
     name = f"step{checkpoint['step']}-{sampler}{args.steps}-g{args.guidance:g}-seed{args.seed}"
     if args.guidance_interval != [0, 1]:
