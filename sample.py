@@ -239,6 +239,7 @@ class VP:
 
     BETA0, BETA1 = 0.1, 20.0  # beta(t) = BETA0 + (BETA1 - BETA0) t
     T_END = 1e-3  # training and sampling stop here, where the SNR is about 10^4
+    LEAST_ALPHA = 0.0  # to divide by; alpha(1) is 0.0066 sqrt(c)
 
     def __init__(self, c=1.0):
         self.c = c
@@ -278,6 +279,8 @@ class Flow:
     at which it is trained and sampled, SNR(time(u)) = c SNR(u), as SD3 does for resolution (2403.03206, section 5.3.2).
     """
 
+    LEAST_ALPHA = 1e-2  # to divide by, with eps prediction: alpha(1) is 0
+
     def __init__(self, c=1.0):
         self.c = c
 
@@ -292,7 +295,7 @@ class Flow:
 
 
 PREDICTIONS = ("eps", "v", "x0")
-FLOOR = 1e-2, 1e-4  # least alpha and sigma divided by: eps at t = 1 of the flow, x0 at its t = 0
+LEAST_SIGMA = 1e-4  # to divide by, with x0 prediction: sigma(0) of the flow is 0
 
 
 def like(t, x):
@@ -310,9 +313,9 @@ def x0_and_eps(path, predict, x, t, output):
     """The two sides of x_t = alpha x0 + sigma e that a network's output at t (N,) stands for."""
     alpha, sigma = path.alpha_sigma(like(t, x))
     if predict == "eps":
-        return (x - sigma * output) / alpha.clamp_min(FLOOR[0]), output
+        return (x - sigma * output) / alpha.clamp_min(path.LEAST_ALPHA), output
     if predict == "x0":
-        return output, (x - alpha * output) / sigma.clamp_min(FLOOR[1])
+        return output, (x - alpha * output) / sigma.clamp_min(LEAST_SIGMA)
     a, b = path.velocity(alpha, sigma)  # alpha b - sigma a = 1 on both paths
     return b * x - sigma * output, alpha * output - a * x
 
