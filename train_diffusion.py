@@ -389,7 +389,7 @@ class MetricsFile:
 # What a flag is when it is not given. The tiny networks take a recipe that learns in minutes on a CPU (x0 prediction on
 # the flow path); all others take DCTdiff's published settings.
 TINY = dict(path="flow", predict="x0", t_sampling="logit-normal", ebfr=False, lr=2e-3, betas=[0.9, 0.99], warmup=100,
-            lr_decay="linear", ema=0.999, batch=64, steps=3000)  # fmt: skip
+            lr_decay="linear", ema=0.999, batch=64, steps=1800)  # fmt: skip
 PUBLISHED = dict(path="vp", predict="eps", t_sampling="uniform", ebfr=True, lr=2e-4, betas=[0.99, 0.99], warmup=5000,
                  lr_decay="none", ema=0.9999, batch=256, steps=500_000)  # fmt: skip
 KEEP = {2: 4, 4: 9, 8: 18}  # coefficients kept per block [code]; 8 of 16 from 256 px on
