@@ -854,7 +854,9 @@ def main(args):
     name = f"step{checkpoint['step']}-{sampler}{args.steps}-g{args.guidance:g}-seed{args.seed}"
     if args.guidance_interval != [0, 1]:
         name += "-t{:g}-{:g}".format(*args.guidance_interval)
-    name += f"-classes{'-'.join(map(str, protocol['classes']))[:40]}" * bool(args.classes) + "-no-ema" * args.no_ema
+    if args.classes:
+        name += f"-classes{'-'.join(map(str, protocol['classes']))[:40]}"
+    name += "-no-ema" * args.no_ema
     run = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
     folder = Path(args.out) if args.out else run / "samples" / name
     if args.trajectory:

@@ -996,6 +996,15 @@ def test_sample_i_depends_on_seed_and_i_alone(trained, tmp_path, capsys):
     assert (tmp_path / "grid.png").exists() and "no-ema" in capsys.readouterr().out
 
 
+def test_sampling_without_classes(tmp_path, capsys):
+    data = write_photos(tmp_path / "data", 4)
+    train(f"--data {data} --out {tmp_path}/run --steps 1")
+    sampling(f"{tmp_path}/run --n 3 --steps 2")
+    assert len(list((tmp_path / "run" / "samples").glob("step1-*/*.png"))) == 3
+    sampling(f"{tmp_path}/run --steps 2 --trajectory")
+    assert "band" in capsys.readouterr().out
+
+
 HUBCONF = """import torch
 class Tiny(torch.nn.Module):
     def forward_features(self, x):
