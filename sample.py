@@ -75,14 +75,14 @@ def center_crop(image, size):
 
 def dead_leaves(index, size, full=False):
     """Image `index` of occluding discs with radius density r^-3, the model of natural images' power-law spectra
-    (Lee, Mumford & Huang, IJCV 2001). One to three discs in seven colours, or with `full` as many as fill the
+    (Lee, Mumford & Huang, IJCV 2001). One or two discs in seven colours, or with `full` as many as fill the
     frame, in free colours. -> (size, size, 3) uint8
     """
     rng = np.random.default_rng([index, int(full)])
-    small, large = (size / 16, size / 2) if full else (size / 6, size / 2.5)
+    small, large = (size / 16, size / 2) if full else (size / 6, size / 3)
     rows = np.arange(size, dtype=np.float32)
     frame, empty = np.zeros((size, size, 3), np.float32), np.ones((size, size), np.float32)  # painted front to back
-    for count in itertools.repeat(128) if full else [rng.integers(1, 4)]:
+    for count in itertools.repeat(128) if full else [rng.integers(1, 3)]:
         radius = (rng.uniform(large**-2, small**-2, count) ** -0.5).astype(np.float32)  # inverse CDF of r^-3
         reach = radius[:, None] if full else -radius[:, None] / 2  # full: centres may lie outside the frame
         centre = rng.uniform(-reach, size + reach, (count, 2)).astype(np.float32)
