@@ -39,6 +39,9 @@ from spectral_losses import psd
 from uvit import UVIT_SIZES, UViT
 
 
+progress = functools.partial(tqdm, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30)
+
+
 class InputError(Exception):
     """A mistake of the user's: printed without a traceback. Names the flag or file, the value and what would do."""
 
@@ -673,7 +676,7 @@ def sample_files(diffusion, protocol, args, folder, device, rank, world):
     files = [folder / f"{i:06d}.png" for i in range(args.n)]
     todo = [i for i in range(rank, args.n, world) if not files[i].exists()]
     labels = protocol["classes"]
-    with tqdm(total=args.n, initial=args.n - world * len(todo), unit="img", desc="sample", disable=rank > 0) as bar:
+    with progress(total=args.n, initial=args.n - world * len(todo), unit="img", desc="sample", disable=rank > 0) as bar:
         for k in range(0, len(todo), args.batch):
             indices = todo[k : k + args.batch]
             y = torch.tensor([labels[i % len(labels)] for i in indices], device=device) if labels else None
@@ -731,7 +734,7 @@ def statistics(images, features, device, batch):
     from torch_fidelity.metric_fid import fid_features_to_statistics
 
     found, loader = [], DataLoader(images, batch, num_workers=min(4, os.cpu_count() or 1))
-    with torch.no_grad(), tqdm(total=len(images), unit="img", desc="features", leave=False) as bar:
+    with torch.no_grad(), progress(total=len(images), unit="img", desc="features", leave=False) as bar:
         for _, pixels, good in loader:
             found.append(features(pixels[good].to(device)).float().cpu())
             bar.update(len(good))

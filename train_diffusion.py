@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from dct import DCTStatistics, ebfr_weights, psnr_per_keep
 from sample import (Diffusion, Images, InputError, build_network, choose_device, generate, generator, like,
-                    load_weights, make_codec, parse_model, read_checkpoint, run_program, save_grid, target,
+                    load_weights, make_codec, parse_model, progress, read_checkpoint, run_program, save_grid, target,
                     write_atomically)  # fmt: skip
 from spectral_losses import psd
 
@@ -140,7 +140,7 @@ class Store:
         """Fill self.data at these indices, and self.unreadable."""
         workers = self.workers if len(indices) > 512 else 0
         loader = DataLoader(Subset(self.images, indices), 64, num_workers=workers)
-        with tqdm(total=len(indices), unit="img", desc="decode", disable=not processes.main, leave=False) as bar:
+        with progress(total=len(indices), unit="img", desc="decode", disable=not processes.main, leave=False) as bar:
             for where, pixels, good in loader:
                 self.data[where.numpy()] = pixels.numpy()
                 self.unreadable |= set(where[~good].tolist())
@@ -264,7 +264,7 @@ def fit_codec(store, size, block, processes, limit=(50_000, 300e6)):
     count = max(1, min(store.count, limit[0], int(limit[1] / size**2)))
     chosen = torch.linspace(0, store.count - 1, count, dtype=torch.float64).round().long()
     parts = chosen[processes.rank :: processes.world].split(max(1, 2**21 // size**2))
-    for part in tqdm(parts, desc="eta", unit="batch", disable=not processes.main, leave=False):
+    for part in progress(parts, desc="eta", unit="batch", disable=not processes.main, leave=False):
         statistics.update(store[part].to(processes.device) / 127.5 - 1)
     processes.sum(statistics.counts)
     return statistics.eta(), statistics.entropies(), count
@@ -674,9 +674,8 @@ def main(args):
     wrapped = processes.wrap(torch.compile(network) if args.compile else network)
     metrics = MetricsFile(folder / "metrics.jsonl", step) if processes.main else None
     meter, started, steps_then = Meter(device), time.perf_counter(), step
-    bar = tqdm(total=args.steps * args.batch, initial=step * args.batch, unit="img", unit_scale=True, desc="train",
-               dynamic_ncols=True, disable=not processes.main,
-               mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
+    bar = progress(total=args.steps * args.batch, initial=step * args.batch, unit="img", unit_scale=True, desc="train",
+                   disable=not processes.main)  # fmt: skip
     for where, pixels in store.batches(order, range(step, args.steps), share):
         drawn = draw_step(args.seed, step, args.batch, diffusion.shape, args, diffusion.path, device)
         t, eps, drop, flip = (values[share] for values in drawn)
