@@ -620,7 +620,8 @@ def test_every_combination_trains_and_samples():
         for model in ("dit-nano", "uvit-nano"):
             for path in ("vp", "flow"):
                 for predict in sample.PREDICTIONS:
-                    config = dict(space=space, size=16, model=model, path=path, snr_scale=2.0, predict=predict, classes=["a", "b"],
+                    config = dict(space=space, size=16, model=model, path=path, snr_scale=2.0, predict=predict,
+                                  classes=["a", "b"],
                                   label_dropout=0.1, block=4, keep=9, eta=400.0)  # fmt: skip
                     diffusion = sample.Diffusion(config)
                     x0, y = diffusion.encode(x), torch.tensor([0, 1])
@@ -1179,7 +1180,10 @@ def test_benchmark_prints_every_part_and_writes_nothing(data, tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("shape, dtype", [((9, 14, 3), "uint8"), ((5, 4), "uint8"), ((6, 6), "uint16"), ((4, 4, 4), "uint8")])  # fmt: skip
+KINDS = [((9, 14, 3), "uint8"), ((5, 4), "uint8"), ((6, 6), "uint16"), ((4, 4, 4), "uint8")]
+
+
+@pytest.mark.parametrize("shape, dtype", KINDS)
 def test_upsample_command_on_every_kind_of_image(tmp_path, shape, dtype):
     pixels = np.random.default_rng(0).integers(60, 190, shape).astype(dtype)
     Image.fromarray(pixels).save(tmp_path / "in.png")
