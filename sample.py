@@ -37,6 +37,7 @@ from dit import DIT_SIZES, DiT
 from repa import load_encoder
 from spectral_losses import psd
 from uvit import UVIT_SIZES, UViT
+from vae import VAE, infer_shape
 
 
 progress = functools.partial(tqdm, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30)
@@ -98,6 +99,11 @@ def dead_leaves(index, size, full=False):
         if full and empty.max() < 1 / 255:
             break
     return (frame + empty[..., None] * PALETTE[rng.integers(len(PALETTE))]).round().astype(np.uint8)
+
+
+def short_name(spec):
+    """A word for a data set, for file names."""
+    return Path(spec.replace(":", "-")).resolve().stem
 
 
 class Images(Dataset):
@@ -514,8 +520,10 @@ class Diffusion:
         return denoise
 
 
-def read_checkpoint(path):
-    """The dict in a run folder's checkpoint.pt, or in a checkpoint file. Raises InputError; runs no code."""
+def read_checkpoint(path, kind="diffusion"):
+    """The dict in a run folder's checkpoint.pt, or in a checkpoint file, of a diffusion model or an "autoencoder".
+    Raises InputError; runs no code.
+    """
     path = Path(path)
     file = path / "checkpoint.pt" if path.is_dir() else path
     if not file.exists():
@@ -535,10 +543,52 @@ def read_checkpoint(path):
         raise InputError(
             f"{file}: cannot be read as a checkpoint ({type(error).__name__} {str(error)[:120]})"
         ) from error
-    missing = {"config", "model", "ema", "step"} - set(checkpoint if isinstance(checkpoint, dict) else ())
-    if missing:
-        raise InputError(f"{file}: no checkpoint of train_diffusion.py, it lacks {', '.join(sorted(missing))}")
+    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
+    missing = {"config", "model", "ema", "step"} - checkpoint.keys()
+    program, other = "train_diffusion.py", "train_vae.py"
+    if kind == "autoencoder":
+        if missing:
+            return published_autoencoder(checkpoint, file)
+        program, other = other, program
+    elif missing:
+        raise InputError(f"{file}: no checkpoint of {program}, it lacks {', '.join(sorted(missing))}")
+    if ("widths" in checkpoint["config"]) != (kind == "autoencoder"):
+        raise InputError(f"{file}: a checkpoint of {other}; give one of {program}")
     return checkpoint
+
+
+def run_folder(path):
+    """The folder of a run given by itself or by its checkpoint file."""
+    return Path(path) if Path(path).is_dir() else Path(path).parent
+
+
+def published_autoencoder(checkpoint, file):
+    """SD-VAE weights in the original layout, alone or within a Stable Diffusion checkpoint, as one of train_vae.py's."""
+    state, prefix = checkpoint.get("state_dict", checkpoint), "first_stage_model."
+    if any(key.startswith(prefix) for key in state):
+        state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # the rest is the loss's networks
+    state = {key: value for key, value in state.items() if key.startswith(parts)}
+    try:
+        return {"config": infer_shape(state), "model": state, "ema": None, "step": 0}
+    except (KeyError, IndexError) as error:
+        raise InputError(
+            f"{file}: neither a checkpoint of train_vae.py nor SD-VAE weights in their original layout (no {error})"
+        ) from error
+
+
+def load_autoencoder(path, device):
+    """-> the frozen VAE of a run of train_vae.py or of published weights, and its checkpoint without the weights, with
+    "weights", their hash. The average of the weights is taken where there is one. Raises InputError.
+    """
+    checkpoint = read_checkpoint(path, "autoencoder")
+    state = checkpoint["ema"] or checkpoint["model"]
+    shape = {name: checkpoint["config"][name] for name in ("widths", "latent_channels", "num_res_blocks")}
+    with torch.device("meta"):
+        vae = VAE(**shape).requires_grad_(False)
+    load_weights(vae, state, path, assign=True)
+    info = {key: checkpoint.get(key) for key in ("config", "step", "args", "latent", "val")}
+    return vae.to(device, torch.float32).eval(), info | {"weights": fingerprint(state)}
 
 
 def fingerprint(state):
@@ -549,11 +599,11 @@ def fingerprint(state):
     return digest.hexdigest()[:16]
 
 
-def load_weights(network, state, source):
+def load_weights(network, state, source, assign=False):
     """Strict load, the prefixes of DDP and torch.compile stripped. Raises InputError on another architecture."""
     state = {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in state.items()}
     try:
-        network.load_state_dict(state)
+        network.load_state_dict(state, assign=assign)
     except RuntimeError as error:
         lines = "; ".join(line.strip() for line in str(error).splitlines()[1:3])[:300]
         raise InputError(
@@ -729,44 +779,55 @@ def open_reference(spec, size):
     return reference
 
 
-def statistics(images, features, device, batch):
-    """Mean and covariance of the features of the readable images of a data set, and how many they are."""
-    from torch_fidelity.metric_fid import fid_features_to_statistics
-
+def extract(images, features, device, batch):
+    """The features (n, D) of the readable images of a data set."""
     found, loader = [], DataLoader(images, batch, num_workers=min(4, os.cpu_count() or 1))
     with torch.no_grad(), progress(total=len(images), unit="img", desc="features", leave=False) as bar:
         for _, pixels, good in loader:
             found.append(features(pixels[good].to(device)).float().cpu())
             bar.update(len(good))
-    found = torch.cat(found)
-    return fid_features_to_statistics(found), len(found)
+    return torch.cat(found)
+
+
+def frechet_distance(a, b):
+    """Between two sets of features (n, D), by torch-fidelity: the FID where they are Inception's."""
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+
+    a, b = fid_features_to_statistics(a), fid_features_to_statistics(b)
+    return fid_statistics_to_metric(a, b, verbose=False)[KEY_METRIC_FID]
+
+
+def record_score(folder, result):
+    """Print a score with its protocol, and add it to scores.jsonl in a folder."""
+    for key, entry in result.items():
+        print(f"  {key:18} {entry}")
+    count = min(result["images"], result["reference_images"])
+    if count < 10_000:
+        print(f"  note: {count} images; below 10,000 the distance is biased upwards: compare equal counts only")
+    with (Path(folder) / "scores.jsonl").open("a") as log:
+        log.write(json.dumps(result) + "\n")
 
 
 def score(files, protocol, args, reference, features, device):
     """Frechet distance (FID, with Inception's features) of PNG files to the reference, by torch-fidelity; printed, and
     saved in scores.jsonl beside the folder, with its protocol. Raises InputError where the sizes do not match.
     """
-    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
-
     for file in files:
         with Image.open(file) as image:
             if image.size != (reference.size, reference.size):
                 raise InputError(f"{file}: {image.width}x{image.height} pixels, not the model's {reference.size}")
-    samples, n = statistics(
-        Subset(Images(str(files[0].parent), reference.size), range(len(files))), features, device, args.batch
-    )
-    others, count = statistics(reference, features, device, args.batch)
-    reference.check_unreadable(len(reference) - count)
-    value = fid_statistics_to_metric(samples, others, verbose=False)[KEY_METRIC_FID]
-    result = {"frechet_distance": value, "features": args.features, "features_weights": args.features_weights,
-              "images": n, "reference": args.score, "reference_images": count, "format": "PNG",
-              "crop": f"centre, box halving, bicubic to {reference.size}", **protocol}  # fmt: skip
-    for key, entry in result.items():
-        print(f"  {key:18} {entry}")
-    if min(n, count) < 10_000:
-        print(f"  note: {min(n, count)} images; below 10,000 the distance is biased upwards: compare equal counts only")
-    with (files[0].parent.parent / "scores.jsonl").open("a") as log:
-        log.write(json.dumps({"folder": files[0].parent.name, **result}) + "\n")
+    made = Subset(Images(str(files[0].parent), reference.size), range(len(files)))
+    samples, others = (extract(images, features, device, args.batch) for images in (made, reference))
+    reference.check_unreadable(len(reference) - len(others))
+    result = {"frechet_distance": frechet_distance(samples, others), "features": args.features,
+              "features_weights": args.features_weights, "images": len(samples), "reference": args.score,
+              "reference_images": len(others), "format": "PNG", "crop": crop_text(reference.size),
+              "folder": files[0].parent.name, **protocol}  # fmt: skip
+    record_score(files[0].parent.parent, result)
+
+
+def crop_text(size):
+    return f"centre, box halving, bicubic to {size}"
 
 
 # ---- trajectory -------------------------------------------------------------------------------------------
@@ -860,8 +921,7 @@ def main(args):
     if args.classes:
         name += f"-classes{'-'.join(map(str, protocol['classes']))[:40]}"
     name += "-no-ema" * args.no_ema
-    run = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
-    folder = Path(args.out) if args.out else run / "samples" / name
+    folder = Path(args.out) if args.out else run_folder(args.run) / "samples" / name
     if args.trajectory:
         if rank == 0:
             trajectory(diffusion, protocol, args, folder, device)

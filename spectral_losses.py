@@ -1,30 +1,219 @@
-"""Radial spectra of images: the frequency measures of Spectrum Matching (Ning et al., 2026, arXiv 2603.14645).
+"""Spectrum Matching (Ning et al., 2026, arXiv 2603.14645): losses on, and measures of, the spectrum of VAE latents.
 
-psd(images)             # (N, 3, 64, 64) -> (N, 16): power per radial band, low to high
+Latents are easy to diffuse when their power falls with frequency as that of images does, a little flatter. ESM pulls
+the latent's radial spectrum to the image's times f^delta; DSM makes the decoder turn low-passed latents into low-passed
+images, so that a frequency means the same on both sides. KL, EQ-VAE, scale equivariance and VA-VAE's loss, which the
+paper reads as special cases, stand beside them.
+
+    loss = esm_loss(images, latents)                     # (N, 3, 64, 64), (N, 4, 16, 16) -> scalar
+    loss = l1(decode(low_pass(latents, 10)), low_pass(images, 10))     # DSM
+
+All functions take (N, C, H, W) of any size, are differentiable, and compute in float32 or wider even under autocast.
 """
 
-import math
+import functools
 
 import torch
+import torch.nn.functional as F
 
-from dct import dct2
+from dct import blockify, dct2, idct2, unblockify
 
 BINS = 16  # radial bands, as in the paper's code
+DSM_KEEP_ALL, DSM_LEVELS, DSM_BLOCK = 0, (8, 10, 12), 8  # the k of a training step is one of all four [code]
+BLUR_SIGMA, BLUR_SIZE = 1.2, 7  # of the image before it is resized to the latent [code]
+
+
+def in_float32(function):
+    """Decorator: autocast off, tensors of half precision widened."""
+
+    def widen(value):
+        return value.to(torch.promote_types(value.dtype, torch.float32)) if isinstance(value, torch.Tensor) else value
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        args, kwargs = [widen(a) for a in args], {name: widen(a) for name, a in kwargs.items()}
+        device = next(a.device.type for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+# ---- radial spectra ---------------------------------------------------------------------------------------
+
+
+def _radius(height, width, device=None):
+    rows, cols = torch.arange(height, device=device), torch.arange(width, device=device)
+    return torch.hypot(rows[:, None].double(), cols.double())  # (H, W), of every DCT coefficient from DC
 
 
 def radial_bands(height, width, bins=BINS, device=None):
     """Band floor(bins r / r_max) of every DCT coefficient, r its distance from DC -> (H, W) long, 0..bins-1."""
-    rows, cols = torch.arange(height, device=device), torch.arange(width, device=device)
-    radius = torch.hypot(rows[:, None].double(), cols.double())
-    return (bins * radius / max(math.hypot(height - 1, width - 1), 1)).floor().long().clamp_max(bins - 1)
+    radius = _radius(height, width, device)
+    return (bins * radius / radius[-1, -1].clamp_min(1)).floor().long().clamp_max(bins - 1)
 
 
+def _band_sums(x, bins):
+    """(N, H, W) -> sums over the cells of each radial band (N, bins), and their numbers (bins,)"""
+    band = radial_bands(*x.shape[-2:], bins, x.device).flatten()
+    return x.new_zeros(len(x), bins).index_add(1, band, x.flatten(1)), torch.bincount(band, minlength=bins)
+
+
+@in_float32
 def psd(x, bins=BINS):
     """Radial power spectral density (section 3.1): subtract the spatial mean, DCT of the whole frame, square, mean
     over channels, mean over the cells of each radial band. x (N, C, H, W) -> (N, bins), units of x squared.
-    The DC cell is zero but counts in the size of its band, as in the authors' code. Differentiable.
+    The DC cell is zero but counts in the size of its band, as in the authors' code.
     """
-    power = dct2(x - x.mean((-2, -1), keepdim=True)).square().mean(1).flatten(1)  # (N, H*W)
-    band = radial_bands(*x.shape[-2:], bins, x.device).flatten()
-    total = power.new_zeros(len(x), bins).index_add(1, band, power)
-    return total / torch.bincount(band, minlength=bins).clamp_min(1)
+    total, cells = _band_sums(dct2(x - x.mean((-2, -1), keepdim=True)).square().mean(1), bins)
+    return total / cells.clamp_min(1)
+
+
+@in_float32
+def power_law_exponent(x, delta=0.0, bins=BINS):
+    """alpha of power ~ 1 / f^alpha (section 3.1): slope of log power against log radius over radial bands, of x
+    (N, C, H, W), H W > 2 -> scalar; with `delta`, of its spectrum times f^delta, f = 1..bins, as ESM's target has it.
+
+    Power is averaged over batch and channels; within a band, logarithms are averaged on both sides, so that an exact
+    power law gives its exponent exactly however wide the bands are.
+    """
+    power = dct2(x).square().mean((0, 1))  # (H, W)
+    radius = _radius(*x.shape[-2:], x.device).to(power.dtype)
+    seen = (radius > 0).to(power.dtype)  # DC has no place on a logarithmic axis
+    fields = torch.stack([seen] + [seen * v.clamp_min(1e-20).log() for v in (radius, power)])
+    (count, f, p), _ = _band_sums(fields, bins)
+    kept = count > 0
+    f, p = f[kept] / count[kept], p[kept] / count[kept] + delta * torch.arange(1, bins + 1, device=x.device)[kept].log()
+    f, p = f - f.mean(), p - p.mean()
+    return -(f * p).sum() / f.square().sum()
+
+
+@in_float32
+def band_error(prediction, reference, bins=BINS):
+    """Power of the error over power of the reference in each radial band, over a batch (N, C, H, W) -> (bins,).
+    1 is a prediction that knows nothing of the band; nan or inf marks a band in which the reference has no power.
+    """
+    return psd(prediction - reference, bins).sum(0) / psd(reference, bins).sum(0)
+
+
+# ---- encoding spectrum matching ---------------------------------------------------------------------------
+
+
+@in_float32
+def blur(x, sigma=BLUR_SIGMA, size=BLUR_SIZE):
+    """Gaussian blur, zero-padded. (N, C, H, W) -> the same shape"""
+    g = torch.exp(-(torch.arange(size, dtype=x.dtype, device=x.device) - size // 2).square() / (2 * sigma**2))
+    g = (g / g.sum()).expand(x.shape[1], 1, 1, size)
+    x = F.conv2d(x, g, padding=(0, size // 2), groups=x.shape[1])
+    return F.conv2d(x, g.mT, padding=(size // 2, 0), groups=x.shape[1])
+
+
+@in_float32
+def log_shares(x, delta=0.0, bins=BINS):
+    """s = log(1 + 1e-8 + PSD(f) f^delta), f = 1..bins, divided by its sum (section 3.2). (N, C, H, W) -> (N, bins)"""
+    f = torch.arange(1, bins + 1, dtype=x.dtype, device=x.device)
+    s = torch.log(1 + 1e-8 + psd(x, bins) * f**delta)
+    return s / s.sum(1, keepdim=True).clamp_min(1e-12)
+
+
+@in_float32
+def resize_to_latent(images, size, blurred=True):
+    """Images (N, C, H, W) as ESM compares them with a latent: blurred, then bicubic, no antialias -> (N, C, *size)."""
+    images = blur(images) if blurred else images
+    return F.interpolate(images, size, mode="bicubic") if images.shape[-2:] != tuple(size) else images
+
+
+def spectral_kl(target, shares):
+    """KL(target || shares) of two normalised spectra (N, bins) -> (N,)"""
+    return (torch.xlogy(target, target) - target * shares.clamp_min(1e-12).log()).sum(1)
+
+
+@in_float32
+def esm_loss(images, latents, delta=1.0, bins=BINS, blur=True):
+    """Encoding spectrum matching (section 3.2): KL(target || latent) between log spectra, mean over the batch.
+
+    images (N, 3, H, W) in [-1, 1], latents (N, C, h, w) sampled from the posterior -> scalar. The target is the
+    spectrum of the image, resized to the latent, times f^delta. `blur` smooths the image first; the authors do so
+    except where the latent is 32 wide.
+    """
+    target = log_shares(resize_to_latent(images, latents.shape[-2:], blur), delta=delta, bins=bins)
+    return spectral_kl(target, log_shares(latents, bins=bins)).mean()
+
+
+# ---- decoding spectrum matching ---------------------------------------------------------------------------
+
+
+def low_pass_mask(k, block=DSM_BLOCK, device=None):
+    """DSM's spectral mask (section 3.3): True where a coefficient u, v of an 8 x 8 block stays, u + v < 15 - k; of the
+    64 that is 28, 15, 6 for k = 8, 10, 12 and all for k = 0. Other block sizes cut at the same share of the diagonal.
+    """
+    u = torch.arange(block, device=device)
+    return u[:, None] + u < (15 - k) * block / DSM_BLOCK
+
+
+def low_pass(x, k, block=DSM_BLOCK):
+    """Block DCT, `low_pass_mask`, inverse. (N, C, H, W) -> the same shape; raises ValueError where blocks do not fit."""
+    blocks = blockify(x.to(torch.promote_types(x.dtype, torch.float32)), block)
+    return unblockify(idct2(dct2(blocks) * low_pass_mask(k, block, x.device)))
+
+
+def block_that_fits(height, width):
+    """The largest DSM block, of 8, 4 and 2, that divides a latent, or None."""
+    return next((block for block in (DSM_BLOCK, 4, 2) if height % block == width % block == 0), None)
+
+
+# ---- the special cases ------------------------------------------------------------------------------------
+
+
+@in_float32
+def kl_loss(mean, logvar):
+    """KL of the posterior from N(0, 1) (SD-VAE): a sum over latent dimensions, mean over the batch -> scalar, nats."""
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
+
+
+@in_float32
+def scale_and_rotate(x, size, quarter_turns):
+    """EQ-VAE's transform (arXiv 2502.09509): bilinear to `size` (height, width), then turned -> (N, C, *size), or its
+    transpose. Done to latent and image alike: the decoder must commute with it.
+    """
+    return torch.rot90(F.interpolate(x, size, mode="bilinear"), quarter_turns, (-2, -1))
+
+
+@in_float32
+def downscale(x, factor):
+    """Scale equivariance (arXiv 2502.14831): factor x factor averages, of latent and image alike."""
+    return F.avg_pool2d(x, factor)
+
+
+@in_float32
+def vf_loss(latents, features, matrix_margin=0.25, cosine_margin=0.5):
+    """VA-VAE's vision-foundation loss (arXiv 2501.01423): mean relu(|cos(z_i, z_j) - cos(f_i, f_j)| - 0.25) over pairs
+    plus mean relu(1 - 0.5 - cos(z_i, f_i)).
+
+    latents (N, D, h, w), projected to the width of features (N, D, h', w'), which are resized to h x w -> scalar
+    """
+    features = F.interpolate(features, latents.shape[-2:], mode="bilinear", antialias=True)
+    z, f = (F.normalize(x.flatten(2), dim=1) for x in (latents, features))  # (N, D, T)
+    matrices = (z.mT @ z - f.mT @ f).abs()  # (N, T, T)
+    return F.relu(matrices - matrix_margin).mean() + F.relu(1 - cosine_margin - (z * f).sum(1)).mean()
+
+
+# ---- directional spectra ----------------------------------------------------------------------------------
+
+
+@in_float32
+def rmsc(x):
+    """RMSC (section 3.5): sqrt(mean_t |u_t - mean u|^2) of the unit vectors u_t = z_t / |z_t| of a field, each position
+    t a token. (N, C, H, W) -> (N,), 0 where all point one way, at most 1.
+    """
+    u = F.normalize(x.flatten(2), dim=1)  # (N, C, T)
+    return (u - u.mean(2, keepdim=True)).square().sum(1).mean(1).clamp_min(1e-12).sqrt()
+
+
+@in_float32
+def directional_energy(x, bins=BINS):
+    """The same by Parseval (section 3.5): AC energy of the DCT of the unit vectors over the number of positions, in
+    radial bands. (N, C, H, W) -> (N, bins), whose sum is rmsc(x)^2.
+    """
+    energy = dct2(F.normalize(x, dim=1)).square().sum(1) * (_radius(*x.shape[-2:], x.device) > 0)  # (N, H, W)
+    return _band_sums(energy, bins)[0] / (x.shape[-2] * x.shape[-1])

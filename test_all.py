@@ -20,13 +20,18 @@ import numpy as np
 import pytest
 import scipy.fft
 import scipy.linalg
+import scipy.ndimage
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 
 import dct
 import sample
+import spectral_losses
 import train_diffusion
+import train_vae
+import vae
 from dct import DCTCodec, DCTStatistics, dct2, idct2
 from dit import DIT_SIZES, DiT
 from sample import SAMPLERS, VP, Flow, Images, InputError, like
@@ -252,6 +257,155 @@ def test_psd_by_loops():
                 count[band] += 1
         np.testing.assert_allclose(ours[n].numpy(), total / count, rtol=1e-9)
     assert radial_bands(32, 32).max() == 15 and radial_bands(1, 1).item() == 0
+
+
+def power_law(n, c, side, alpha, seed=0):
+    """Noise whose DCT coefficients have power 1 / r^alpha in expectation, its DC nothing special."""
+    r = np.hypot(*np.mgrid[:side, :side])
+    r[0, 0] = 1
+    noise = np.random.default_rng(seed).standard_normal((n, c, side, side))
+    return torch.from_numpy(scipy.fft.idctn(noise * r ** (-alpha / 2), axes=(-2, -1), norm="ortho"))
+
+
+@pytest.mark.parametrize("alpha", [0, 0.5, 1, 2, 3])
+def test_power_law_exponent_is_recovered(alpha):
+    for side in (16, 64):
+        assert abs(spectral_losses.power_law_exponent(power_law(64, 4, side, alpha)) - alpha) < 0.05
+    x = power_law(64, 4, 64, alpha)  # f^1 of the band's number flattens it by about one: bands begin at r = 0
+    assert abs(spectral_losses.power_law_exponent(x, delta=1.0) - (alpha - 1)) < 0.15
+    assert abs(spectral_losses.power_law_exponent(7 * power_law(64, 4, 32, alpha).float() + 3) - alpha) < 0.05
+
+
+def esm_by_scipy(images, latents, delta, blurred):
+    """ESM from its steps, a picture at a time, with scipy's blur and DCT."""
+    found = []
+    for image, latent in zip(images.double(), latents.double()):
+        if blurred:  # a zero-padded 7 x 7 Gaussian
+            image = scipy.ndimage.gaussian_filter(image.numpy(), (0, 1.2, 1.2), mode="constant", radius=(0, 3, 3))
+            image = torch.from_numpy(image)
+        small = F.interpolate(image[None], latent.shape[-2:], mode="bicubic")[0]
+        shares = []
+        for field, power in ((small, delta), (latent, 0)):
+            field = field.numpy() - field.numpy().mean((1, 2), keepdims=True)
+            energy = (scipy.fft.dctn(field, axes=(-2, -1), norm="ortho") ** 2).mean(0)
+            r = np.hypot(*np.mgrid[: energy.shape[0], : energy.shape[1]])
+            band = np.minimum(np.floor(16 * r / r.max()), 15).astype(int)
+            mean = np.bincount(band.ravel(), energy.ravel(), 16) / np.maximum(np.bincount(band.ravel(), minlength=16), 1)
+            s = np.log(1 + 1e-8 + mean * np.arange(1, 17.0) ** power)
+            shares.append(s / s.sum())
+        found.append(np.where(shares[0] > 0, shares[0] * np.log(shares[0] / shares[1]), 0).sum())
+    return np.mean(found)
+
+
+def test_esm_equals_its_steps_in_scipy():
+    images, latents = photos(3, 64), torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    for delta in (0.0, 1.0, 0.5):
+        for blurred in (False, True):
+            ours = spectral_losses.esm_loss(images, latents, delta, blur=blurred).item()
+            assert abs(ours / esm_by_scipy(images, latents, delta, blurred) - 1) < 1e-4
+
+
+def test_esm_is_zero_at_its_target_and_falls():
+    images = photos(4, 64)
+    small = F.interpolate(images, (16, 16), mode="bicubic")
+    assert spectral_losses.esm_loss(images, small, delta=0.0, blur=False).abs() < 1e-6
+    assert spectral_losses.esm_loss(images, spectral_losses.resize_to_latent(images, (16, 16)), delta=0.0).abs() < 1e-6
+    assert spectral_losses.esm_loss(images, small, delta=1.0, blur=False) > 0.01
+    latents = torch.randn(4, 6, 16, 16, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    loss = spectral_losses.esm_loss(images, latents)
+    assert torch.isclose(loss, spectral_losses.esm_loss(images, latents[:, [3, 0, 5, 1, 4, 2]]))  # channels have no order
+    losses, free = [], latents
+    for _ in range(150):  # only it, over a free latent
+        loss = spectral_losses.esm_loss(images, free)
+        losses.append(loss.item())
+        free = (free - 20 * torch.autograd.grad(loss, free)[0]).detach().requires_grad_()
+    assert (np.diff(losses) < 0).all() and losses[-1] < 0.2 * losses[0]
+
+
+def test_low_pass():
+    counts = [int(spectral_losses.low_pass_mask(k).sum()) for k in (0, 8, 10, 12)]
+    assert counts == [64, 28, 15, 6]
+    x = torch.randn(2, 3, 16, 24, dtype=torch.float64)
+    for k, block in ((8, 8), (12, 8), (10, 4), (0, 2)):
+        oracle = np.empty(x.shape)
+        for i in range(0, 16, block):
+            for j in range(0, 24, block):
+                area = scipy.fft.dctn(x[..., i : i + block, j : j + block].numpy(), axes=(-2, -1), norm="ortho")
+                u, v = np.mgrid[:block, :block] * 8 / block
+                area[..., u + v >= 15 - k] = 0
+                oracle[..., i : i + block, j : j + block] = scipy.fft.idctn(area, axes=(-2, -1), norm="ortho")
+        np.testing.assert_allclose(spectral_losses.low_pass(x, k, block).numpy(), oracle, atol=1e-12)
+    assert [spectral_losses.block_that_fits(*s) for s in ((16, 32), (12, 8), (6, 6))] == [8, 4, 2]
+    assert spectral_losses.block_that_fits(8, 1) is None
+
+
+def test_kl_equals_torch_distributions():
+    mean, logvar = torch.randn(3, 4, 5, 6), torch.randn(3, 4, 5, 6)
+    normal = torch.distributions.Normal
+    oracle = torch.distributions.kl_divergence(normal(mean, (logvar / 2).exp()), normal(0.0, 1.0)).sum() / 3
+    assert torch.isclose(spectral_losses.kl_loss(mean, logvar), oracle)
+
+
+def test_vf_loss():
+    features = torch.randn(2, 24, 4, 6, dtype=torch.float64)
+    assert spectral_losses.vf_loss(3 * features, features) == 0  # aligned: zero, whatever the lengths
+    z = torch.randn(2, 24, 4, 6, dtype=torch.float64)
+    pairs, points = [], []
+    for n in range(2):
+        a, b = (x[n].flatten(1).T.numpy() for x in (z, features))
+        a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
+        pairs.append(np.maximum(0, np.abs(a @ a.T - b @ b.T) - 0.25).mean())
+        points.append(np.maximum(0, 0.5 - (a * b).sum(1)).mean())
+    assert abs(spectral_losses.vf_loss(z, features).item() - np.mean(pairs) - np.mean(points)) < 1e-12
+    assert spectral_losses.vf_loss(z, torch.randn(2, 24, 8, 9)).isfinite()  # another grid is resized
+
+
+def test_transforms_of_latent_and_image():
+    x = torch.randn(2, 3, 8, 12)
+    turned = spectral_losses.scale_and_rotate(x, (8, 12), 1)
+    np.testing.assert_array_equal(turned.numpy(), np.rot90(x.numpy(), axes=(-2, -1)))
+    half = spectral_losses.scale_and_rotate(x, (4, 6), 2)
+    assert torch.allclose(half.flip(-2, -1), F.avg_pool2d(x, 2), atol=1e-6)  # bilinear at one half is 2 x 2 averaging
+    assert torch.isclose(spectral_losses.downscale(x, 4)[0, 0, 1, 2], x[0, 0, 4:, 8:].mean(), atol=1e-6)
+
+
+def test_directional_energy_both_ways():
+    x = torch.randn(3, 7, 9, 12, dtype=torch.float64) + 0.7
+    rmsc, bands = spectral_losses.rmsc(x), spectral_losses.directional_energy(x)
+    assert rmsc.shape == (3,) and bands.shape == (3, 16)
+    u = x.numpy() / np.linalg.norm(x.numpy(), axis=1, keepdims=True)
+    power = (np.abs(np.fft.fft2(u, norm="ortho")) ** 2).sum(1) / (9 * 12)  # another orthonormal transform: Parseval
+    np.testing.assert_allclose(rmsc.square().numpy(), power.sum((1, 2)) - power[:, 0, 0], rtol=1e-9)
+    np.testing.assert_allclose(rmsc.square().numpy(), bands.sum(1).numpy(), rtol=1e-9)
+    assert spectral_losses.rmsc(torch.ones(1, 4, 6, 6) * torch.rand(1, 1, 6, 6)) < 1e-3  # one direction everywhere
+
+
+def test_band_error():
+    x = power_law(4, 3, 32, 2)
+    noise = torch.randn_like(x)
+    error = spectral_losses.band_error(x + noise, x)
+    assert error[-1] > 10 * error[0] and torch.allclose(spectral_losses.band_error(0 * x, x), torch.ones(16).double())
+    np.testing.assert_allclose(error.numpy(), (psd(noise).sum(0) / psd(x).sum(0)).numpy())
+
+
+def test_spectral_functions_differentiable_and_in_float32():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 2, 4, 6, dtype=torch.float64, generator=g, requires_grad=True)
+    y = torch.randn(1, 2, 2, 3, dtype=torch.float64, generator=g, requires_grad=True)
+    S = spectral_losses
+    calls = {
+        "esm": lambda x, y: S.esm_loss(x, y, bins=4), "alpha": lambda x, y: S.power_law_exponent(x),
+        "psd": lambda x, y: S.psd(x), "low pass": lambda x, y: S.low_pass(x, 10, 2), "blur": lambda x, y: S.blur(x),
+        "kl": lambda x, y: S.kl_loss(x, x), "vf": lambda x, y: S.vf_loss(y, x, 0, 0), "rmsc": lambda x, y: S.rmsc(x),
+        "energy": lambda x, y: S.directional_energy(y), "eq": lambda x, y: S.scale_and_rotate(x, (2, 3), 1),
+        "se": lambda x, y: S.downscale(x, 2), "bands": lambda x, y: S.band_error(x, x.flip(2), bins=4),
+    }  # fmt: skip
+    for name, call in calls.items():
+        assert torch.autograd.gradcheck(call, (x, y)), name
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed, full = call(x.bfloat16(), y.bfloat16()), call(x.bfloat16().double(), y.bfloat16().double())
+        assert mixed.dtype == torch.float32, name
+        assert torch.allclose(mixed.double(), full, rtol=1e-3, atol=1e-5), name
 
 
 # ---- dit.py, uvit.py --------------------------------------------------------------------------------------
@@ -490,6 +644,220 @@ def test_dit_drops_labels_itself_in_training_only():
     assert 10 < changed() < 54
     net.eval()
     assert changed() == 0
+
+
+# ---- vae.py -----------------------------------------------------------------------------------------------
+
+
+def vae_shapes(widths, latent, blocks):
+    """Keys and shapes of published SD-VAE weights, from the layout in METHOD's words."""
+    shapes = {}
+
+    def conv(name, c_in, c_out, k=3):
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (c_out, c_in, k, k), (c_out,)
+
+    def norm(name, c):
+        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (c,)
+
+    def block(name, c_in, c_out):
+        norm(f"{name}.norm1", c_in), conv(f"{name}.conv1", c_in, c_out)
+        norm(f"{name}.norm2", c_out), conv(f"{name}.conv2", c_out, c_out)
+        if c_in != c_out:
+            conv(f"{name}.nin_shortcut", c_in, c_out, 1)
+
+    def ends(side, first, last, c_in, c_out):
+        conv(f"{side}.conv_in", c_in, first), norm(f"{side}.norm_out", last), conv(f"{side}.conv_out", last, c_out)
+        for i in (1, 2):
+            block(f"{side}.mid.block_{i}", widths[-1], widths[-1])
+        norm(f"{side}.mid.attn_1.norm", widths[-1])
+        for part in ("q", "k", "v", "proj_out"):
+            conv(f"{side}.mid.attn_1.{part}", widths[-1], widths[-1], 1)
+
+    ends("encoder", widths[0], widths[-1], 3, 2 * latent)
+    ends("decoder", widths[-1], widths[0], latent, 3)
+    conv("quant_conv", 2 * latent, 2 * latent, 1), conv("post_quant_conv", latent, latent, 1)
+    for i, width in enumerate(widths):
+        for j in range(blocks):
+            block(f"encoder.down.{i}.block.{j}", widths[max(i - 1, 0)] if j == 0 else width, width)
+        for j in range(blocks + 1):
+            block(f"decoder.up.{i}.block.{j}", widths[min(i + 1, len(widths) - 1)] if j == 0 else width, width)
+        if i < len(widths) - 1:
+            conv(f"encoder.down.{i}.downsample.conv", width, width)
+        if i > 0:
+            conv(f"decoder.up.{i}.upsample.conv", width, width)
+    return shapes
+
+
+def test_vae_keys_shapes_and_counts_are_the_published_ones():
+    counts = {"f8d4": 83_653_863, "tiny": 954_567}
+    for name, preset in vae.PRESETS.items():
+        with torch.device("meta"):
+            net = vae.VAE(**preset)
+        found = {key: tuple(value.shape) for key, value in net.state_dict().items()}
+        assert found == vae_shapes(preset["widths"], preset["latent_channels"], preset.get("num_res_blocks", 2))
+        assert name not in counts or sum(p.numel() for p in net.parameters()) == counts[name]
+        assert name == "tiny" or f"f{net.factor}d{net.latent_channels}" == name
+        inferred = vae.infer_shape(net.state_dict())
+        assert inferred == {"num_res_blocks": 2} | preset
+
+
+def plain_vae(w, x, levels, blocks, decode):
+    """Encoder or decoder as plain steps on a state dict."""
+
+    def conv(name, x, **kw):
+        weight = w[f"{name}.weight"]
+        return F.conv2d(x, weight, w[f"{name}.bias"], **({"padding": weight.shape[-1] // 2} | kw))
+
+    def norm(name, x):
+        n, c, *rest = x.shape
+        grouped = x.reshape(n, 32, -1)
+        grouped = (grouped - grouped.mean(2, keepdim=True)) / (grouped.var(2, keepdim=True, unbiased=False) + 1e-6).sqrt()
+        return grouped.view(n, c, *rest) * w[f"{name}.weight"].view(-1, 1, 1) + w[f"{name}.bias"].view(-1, 1, 1)
+
+    def act(name, x):
+        x = norm(name, x)
+        return x / (1 + (-x).exp())
+
+    def block(name, x):
+        h = conv(f"{name}.conv2", act(f"{name}.norm2", conv(f"{name}.conv1", act(f"{name}.norm1", x))))
+        return h + (conv(f"{name}.nin_shortcut", x) if f"{name}.nin_shortcut.weight" in w else x)
+
+    def middle(side, x):
+        x = block(f"{side}.mid.block_1", x)
+        h = norm(f"{side}.mid.attn_1.norm", x)
+        q, k, v = (conv(f"{side}.mid.attn_1.{p}", h).flatten(2) for p in "qkv")
+        weights = torch.softmax(torch.einsum("nci,ncj->nij", q, k) / q.shape[1] ** 0.5, 2)
+        h = torch.einsum("nij,ncj->nci", weights, v).view(x.shape)
+        return block(f"{side}.mid.block_2", x + conv(f"{side}.mid.attn_1.proj_out", h))
+
+    if decode:
+        x = middle("decoder", conv("decoder.conv_in", conv("post_quant_conv", x)))
+        for i in reversed(range(levels)):
+            for j in range(blocks + 1):
+                x = block(f"decoder.up.{i}.block.{j}", x)
+            if i:
+                x = conv(f"decoder.up.{i}.upsample.conv", x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+        return conv("decoder.conv_out", act("decoder.norm_out", x))
+    x = conv("encoder.conv_in", x)
+    for i in range(levels):
+        for j in range(blocks):
+            x = block(f"encoder.down.{i}.block.{j}", x)
+        if i < levels - 1:
+            x = conv(f"encoder.down.{i}.downsample.conv", F.pad(x, (0, 1, 0, 1)), stride=2, padding=0)
+    return conv("quant_conv", conv("encoder.conv_out", act("encoder.norm_out", middle("encoder", x))))
+
+
+def test_vae_equals_plain_steps_at_any_size():
+    net = randomised(vae.VAE((32, 64, 32), 5, 2)).double()
+    w, x = net.state_dict(), torch.randn(2, 3, 12, 20, dtype=torch.float64)
+    with torch.no_grad():
+        mean, logvar = net.encode(x)
+        assert mean.shape == logvar.shape == (2, 5, 3, 5)
+        oracle = plain_vae(w, x, 3, 2, decode=False)
+        np.testing.assert_allclose(torch.cat((mean, logvar), 1).numpy(), oracle.clamp(None, 20).numpy(), atol=1e-9)
+        np.testing.assert_allclose(net.decode(mean), plain_vae(w, mean, 3, 2, decode=True), atol=1e-9)
+        with pytest.raises(ValueError, match="multiples of 4"):
+            net.encode(x[..., :18])
+    with pytest.raises(ValueError, match="multiples of 32"):
+        vae.VAE((32, 48), 4)
+
+
+def test_vae_in_bf16_and_channels_last():
+    net, x = vae.VAE(**vae.PRESETS["tiny"]), photos(2, 32)
+    with torch.no_grad():
+        mean = net.encode(x)[0]
+        made = net.decode(mean)
+        last = net.to(memory_format=torch.channels_last)
+        assert (last.decode(last.encode(x.contiguous(memory_format=torch.channels_last))[0]) - made).abs().max() < 1e-4
+        half = net.bfloat16()
+        again = half.decode(half.encode(x.bfloat16())[0])
+    assert again.dtype == torch.bfloat16 and (again - made).abs().mean() < 0.05 * made.abs().mean() + 0.02
+
+
+def test_posterior_samples():
+    mean, logvar = torch.full((1, 2, 100, 100), 3.0), torch.full((1, 2, 100, 100), np.log(4.0))
+    z = vae.sample_posterior(mean, logvar)
+    assert abs(z.mean() - 3) < 0.1 and abs(z.std() - 2) < 0.1
+    assert torch.equal(vae.sample_posterior(mean, logvar, torch.zeros_like(mean)), mean)
+
+
+def test_published_autoencoders_load_from_their_layouts(tmp_path):
+    net = vae.VAE((32, 64), 3, 2)
+    state = net.state_dict()
+    loss = {"loss.logvar": torch.zeros(()), "loss.discriminator.main.0.weight": torch.zeros(1)}
+    torch.save({"state_dict": state | loss, "global_step": 5}, tmp_path / "kl.ckpt")
+    inside = {f"first_stage_model.{k}": v for k, v in state.items()} | {"model.diffusion_model.x": torch.zeros(1)}
+    torch.save({"state_dict": inside}, tmp_path / "sd.ckpt")
+    torch.save(state, tmp_path / "bare.pt")
+    torch.save({k: v.half() for k, v in state.items()}, tmp_path / "half.pt")
+    assert sample.load_autoencoder(tmp_path / "half.pt", "cpu")[0].encode(photos(1, 8))[0].dtype == torch.float32
+    for name in ("kl.ckpt", "sd.ckpt", "bare.pt"):
+        loaded, info = sample.load_autoencoder(tmp_path / name, "cpu")
+        assert distance(loaded.state_dict(), state) == 0 and info["weights"] == sample.fingerprint(state)
+        assert loaded.factor == 2 and not any(p.requires_grad for p in loaded.parameters())
+    torch.save({"encoder.conv_in.weight": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(InputError, match="original layout"):
+        sample.load_autoencoder(tmp_path / "other.pt", "cpu")
+    state.pop("decoder.conv_out.bias")
+    torch.save(state, tmp_path / "less.pt")
+    with pytest.raises(InputError, match="decoder.conv_out.bias"):
+        sample.load_autoencoder(tmp_path / "less.pt", "cpu")
+
+
+def test_discriminator_and_its_losses():
+    net, x = vae.PatchGAN(), torch.randn(2, 3, 64, 64)
+    assert net(x).shape == (2, 1, 6, 6) and net(x[..., :24, :24]).shape == (2, 1, 1, 1) and net.least_size == 24
+    assert (net(x)[:1] - net(x[:1])).abs().max() < 1e-5  # an image's logits depend on no other image
+    real, fake = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-3.0, 0.0, 1.0])
+    assert torch.isclose(vae.hinge_loss(real, fake), torch.tensor(0.5 * (0 + 0.5 + 2 + 0 + 1 + 2) / 3))
+    w = torch.tensor([1.0, 2.0], requires_grad=True)
+    assert torch.isclose(vae.adaptive_weight((w * 3).sum(), (w**2).sum(), w), torch.tensor(18**0.5 / (20**0.5 + 1e-4)))
+    assert vae.adaptive_weight((w * 1e9).sum(), (w * 1e-3).sum(), w) == 1e4  # clamped
+
+
+@pytest.fixture(scope="module")
+def lpips_files(tmp_path_factory):
+    """Random weights in the layout of the two published files. The classifier, which LPIPS does not use, is stored as
+    one number expanded."""
+    folder, g = tmp_path_factory.mktemp("lpips"), torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        shapes = {k: v.shape for k, v in torchvision.models.vgg16().state_dict().items()}
+    trunk = {k: torch.zeros(()).expand(s) if "classifier" in k else torch.randn(s, generator=g) / max(1, s.numel() / s[0]) ** 0.5
+             for k, s in shapes.items()}  # fmt: skip
+    heads = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1, generator=g) for i, c in enumerate((64, 128, 256, 512, 512))}
+    torch.save(trunk, folder / "vgg.pth", _use_new_zipfile_serialization=False)  # as torchvision's file of 2017
+    torch.save(heads, folder / "heads.pth")
+    return folder / "vgg.pth", folder / "heads.pth", trunk, heads
+
+
+def test_lpips_equals_its_definition(lpips_files, tmp_path):
+    vgg, heads, trunk, lin = lpips_files
+    hub = torch.hub.get_dir()
+    lpips = vae.load_lpips(vgg, heads)
+    assert torch.hub.get_dir() == hub
+    x, y = photos(2, 32), photos(2, 32, seed=1).requires_grad_()
+    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    a, b, total, stage = ((x + 1) / 2 - mean) / std, ((y + 1) / 2 - mean) / std, 0, 0
+    layers = [0, 2, "tap", "pool", 5, 7, "tap", "pool", 10, 12, 14, "tap", "pool", 17, 19, 21, "tap", "pool", 24, 26, 28, "tap"]
+    for layer in layers:
+        if layer == "tap":
+            u, v = (F.normalize(t, dim=1) for t in (a, b))
+            total, stage = total + ((u - v).square() * lin[f"lin{stage}.model.1.weight"]).sum(1).mean((1, 2)), stage + 1
+        elif layer == "pool":
+            a, b = F.max_pool2d(a, 2), F.max_pool2d(b, 2)
+        else:
+            w = trunk[f"features.{layer}.weight"], trunk[f"features.{layer}.bias"]
+            a, b = (F.relu(F.conv2d(t, *w, padding=1)) for t in (a, b))
+    found = lpips(x, y)
+    assert found.shape == (2,) and torch.allclose(found, total, rtol=1e-3)  # torch-fidelity rounds mean and std
+    found.sum().backward()
+    assert y.grad.abs().sum() > 0 and not any(p.requires_grad for p in lpips.parameters())
+    with pytest.raises(ValueError, match=r"VGG-16 weights .*heads.pth: no features"):
+        vae.load_lpips(heads, vgg)
+    (tmp_path / "broken.pth").write_bytes(b"broken")
+    for file in (tmp_path / "broken.pth", tmp_path / "absent.pth"):
+        with pytest.raises(ValueError, match=f"LPIPS heads weights {file}"):
+            vae.load_lpips(vgg, file)
 
 
 # ---- paths and samplers -----------------------------------------------------------------------------------
@@ -1205,6 +1573,392 @@ def test_upsample_command_in_its_own_process(tmp_path):
     ):
         result = command(f"dct.py upsample {source} {tmp_path}/{out}", check=False)
         assert result.returncode and "dct.py: cannot" in result.stderr and "Traceback" not in result.stderr
+
+
+# ---- train_vae.py, tiny -----------------------------------------------------------------------------------
+
+TINY_VAE = (
+    "--size 16 --batch 4 --seed 3 --workers 0 --device cpu --lr-decay none --warmup 1 --log-every 1 --eval-every 1000 "
+    "--save-every 1000 --eval-images 4"
+)
+
+
+def autoencode(flags):
+    train_vae.main(train_vae.make_parser().parse_args(f"{TINY_VAE} {flags}".split()))
+
+
+def looking(flags):
+    train_vae.main(train_vae.make_parser().parse_args(f"--device cpu --workers 0 {flags}".split()))
+
+
+@pytest.fixture(scope="module")
+def autoencoders(data, tmp_path_factory):
+    """Runs of a few steps with kl and with dsm, shared by the tests that only read them."""
+    runs = tmp_path_factory.mktemp("autoencoders")
+    for name in ("kl", "dsm"):
+        autoencode(f"--data {data} --out {runs}/{name} --steps 3 --regularizer {name}")
+    return runs
+
+
+def test_views_follow_their_shares_and_the_seed():
+    ks, eq = [], []
+    for step in range(800):
+        side, ((change, on_image, weight),) = train_vae.draw_views({"dsm"}, 0, 5, step, 16, 4)
+        assert side == 64 and weight == 1 and (change.keywords if hasattr(change, "keywords") else 0) in (
+            0, {"k": 8, "block": 8}, {"k": 10, "block": 8}, {"k": 12, "block": 8})  # fmt: skip
+        ks.append(change.keywords["k"] if hasattr(change, "keywords") else 0)
+        side, ((change, on_image, _),) = train_vae.draw_views({"eq"}, 0, 5, step, 32, 8)
+        if hasattr(change, "keywords"):
+            n, turns = change.keywords["size"][0], change.keywords["quarter_turns"]
+            assert side == 256 and on_image.keywords == {"size": (8 * n, 8 * n), "quarter_turns": turns}
+            assert 8 <= n <= 31 and turns in (1, 2, 3)
+            eq.append("transformed")
+        else:
+            eq.append("plain" if side == 256 else "small")
+            assert side % 8 == 0 and 64 <= side <= 256
+    for k in (0, 8, 10, 12):
+        assert abs(ks.count(k) / 800 - 1 / 4) < 0.05
+    for kind, share in (("transformed", 1 / 2), ("small", 1 / 8), ("plain", 3 / 8)):
+        assert abs(eq.count(kind) / 800 - share) < 0.06
+    _, (plain, (change, on_image, weight)) = train_vae.draw_views({"se"}, 0.25, 5, 0, 16, 4)
+    assert weight == 0.25 and change.keywords == on_image.keywords and change.keywords["factor"] in (2, 4)
+
+
+def parts_of(flags):
+    args = train_vae.make_parser().parse_args(f"{TINY_VAE} {flags}".split())
+    train_vae.complete(args)
+    config = vae.PRESETS["tiny"]
+    parts = train_vae.make_parts(args, train_diffusion.Processes("cpu"), config)
+    parts.lpips = None
+    train_vae.wrap(parts, args, train_diffusion.Processes("cpu"))
+    return args, parts
+
+
+class Colours(torch.nn.Module):
+    """An encoder of 4 x 4 tokens: mean colours, on random axes."""
+
+    def __init__(self):
+        super().__init__()
+        self.axes = torch.nn.Linear(3, 8)
+
+    def forward_features(self, x):
+        return {"x_norm_patchtokens": self.axes(F.adaptive_avg_pool2d(x, 4).flatten(2).mT)}
+
+
+HUB = "import sys; sys.path.insert(0, {!r}); from test_all import Colours as colours; dependencies = ['torch']"
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub")
+    (folder / "hubconf.py").write_text(HUB.format(str(HERE)))
+    return folder
+
+
+def test_every_regularizer_reaches_the_encoder_and_views_the_decoder(hub):
+    x, noise = photos(2, 32), torch.randn(2, 4, 8, 8)
+
+    def gradients(loss, parts):
+        parts.one_pass.zero_grad()
+        loss.backward()
+        return [sum(p.grad.abs().sum() for p in net.parameters() if p.grad is not None) > 0
+                for net in (parts.vae.encoder, parts.vae.decoder)]  # fmt: skip
+
+    for name in ("kl", "esm"):
+        args, parts = parts_of(f"--size 32 --regularizer {name}")
+        mean, logvar, z, _, _ = parts.one_pass(x, noise, [])
+        ((_, value),) = train_vae.regularizers(args, {name}, x, mean, logvar, z).values()
+        assert gradients(value, parts) == [True, False]
+    args, parts = parts_of(f"--size 32 --regularizer vf --encoder {hub}:colours")
+    tokens = parts.encoder(x)[0].mT.unflatten(2, (4, 4))
+    projected = parts.one_pass(x, noise, [])[4]
+    assert gradients(spectral_losses.vf_loss(projected, tokens), parts) == [True, False]
+    for name in ("dsm", "eq", "se"):
+        args, parts = parts_of(f"--size 32 --regularizer {name}")
+        views = next(v for v in (train_vae.draw_views({name}, 0.25, 0, s, 8, 4)[1] for s in range(9)) if
+                     hasattr(v[-1][0], "keywords"))  # fmt: skip
+        made = parts.one_pass(x, noise, [views[-1][0]])[3][0]
+        wanted = views[-1][1](x)
+        assert made.shape == wanted.shape and gradients((made - wanted).abs().mean(), parts) == [True, True]
+
+
+@pytest.mark.parametrize("name", ["esm+dsm", "eq", "se", "vf", "none"])
+def test_training_an_autoencoder_lowers_its_losses(data, hub, tmp_path, name):
+    size = 16 if name in ("esm+dsm", "none") else 32
+    encoder = {"vf": f"--encoder {hub}:colours", "esm+dsm": "--esm-weight 0.3"}.get(name, "")
+    run, few = tmp_path / "run", write_photos(tmp_path / "few", 4, 32)
+    autoencode(f"--data {few} --out {run} --steps 40 --size {size} --regularizer {name} --lr 3e-3 {encoder}")
+    lines = metrics(run)
+    first, last = (np.mean([line["reconstruction"] for line in part]) for part in (lines[:3], lines[-10:]))
+    assert last < 0.8 * first
+    if "esm" in name:
+        assert lines[-1]["esm"] < lines[0]["esm"]
+    assert all(line["grad_norm"] > 0 and line["skipped_steps"] == 0 for line in lines)
+    (entry,) = metrics(run, "evaluation")
+    result = entry["evaluation"]
+    assert result["psnr"] > 12 and result["images"] == 4 and len(result["latent_shares"]) == 16
+    assert abs(sum(result["latent_shares"]) - 1) < 1e-6 and result["kl_to_target"] > 0
+    latent = checkpoint(run)["latent"]
+    assert abs(latent["scale"] * latent["std"] - 1) < 1e-9 and len(latent["mean"]) == 4
+    picture = Image.open(run / "samples" / "step0000040.png")
+    assert picture.size == (4 * (size + 2) + 2, 2 * (size + 2) + 2)
+
+
+def test_autoencoder_n_and_n_steps_equal_2n_with_everything_on(data, lpips_files, tmp_path):
+    """With GAN, LPIPS, EMA and a sum of regularizers; then two processes, and parts of a batch, equal one."""
+    files = f"--lpips-vgg {lpips_files[0]} --lpips-heads {lpips_files[1]} --lpips-weight 0.5"
+    flags = f"--data {data} --size 32 --regularizer esm+dsm+kl --gan-weight 0.5 --gan-start 1 --ema 0.9 {files}"
+    autoencode(f"{flags} --out {tmp_path}/whole --steps 4")
+    for steps in (2, 4):
+        autoencode(f"{flags} --out {tmp_path}/halves --steps {steps}")
+    a, b = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "halves")
+    same = ("model", "ema", "optimizer", "discriminator", "critic_optimizer", "step", "config", "latent")
+    assert all(distance(a[k], b[k]) == 0 for k in same)
+    lines = metrics(tmp_path / "whole", "grad_norm")
+    assert [sorted(set(line) & {"loss", "discriminator", "gan", "lpips", "gan_balance"}) for line in lines] == [
+        ["loss", "lpips"], ["gan", "gan_balance", "loss", "lpips"], ["discriminator"],
+        ["gan", "gan_balance", "loss", "lpips"]]  # fmt: skip
+    assert 0 < lines[1]["gan_balance"] <= 1e4
+    result = metrics(tmp_path / "whole", "evaluation")[0]["evaluation"]
+    assert result["lpips"] > 0
+    command(f"train_vae.py {TINY_VAE} {flags} --out {tmp_path}/two --steps 4", processes=2)
+    two = checkpoint(tmp_path / "two")
+    for k in ("model", "ema", "discriminator"):  # a gradient of rounding noise alone, as of the key's bias, has no sign
+        gaps = torch.cat([(a[k][name] - two[k][name]).abs().flatten() for name in a[k]])
+        assert gaps.mean() < 1e-5 and (gaps > 1e-4).float().mean() < 0.01
+    np.testing.assert_allclose(*([line.get("loss", 0) for line in metrics(tmp_path / r, "grad_norm")] for r in ("whole", "two")), rtol=1e-3)
+
+
+def test_autoencoder_killed_is_resumed_and_eq_is_the_same_on_two_processes(tmp_path):
+    few = write_photos(tmp_path / "few", 8, 32)
+    flags = f"--data {few} --size 32 --regularizer eq --grad-accum 2"
+    autoencode(f"{flags} --out {tmp_path}/one --steps 6")
+    command(f"train_vae.py {TINY_VAE} {flags} --out {tmp_path}/two --steps 6", processes=2)
+    losses = [[line["loss"] for line in metrics(tmp_path / run)] for run in ("one", "two")]
+    np.testing.assert_allclose(*losses, rtol=1e-3)
+    killed = tmp_path / "killed"
+    words = [sys.executable, HERE / "train_vae.py", *f"{TINY_VAE} {flags} --out {killed} --steps 60 --save-every 2".split()]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=HERE) as process:
+        for _ in range(600):
+            time.sleep(0.1)
+            if (killed / "metrics.jsonl").exists() and (killed / "metrics.jsonl").read_text().count("\n") > 3:
+                break
+        process.send_signal(signal.SIGKILL)
+    step = checkpoint(killed)["step"]
+    assert 0 < step < 60
+    autoencode(f"{flags} --out {killed} --steps {step + 2}")
+    kept = [line["loss"] for line in metrics(killed)]
+    assert len(kept) == step + 2
+    np.testing.assert_allclose(kept[:6], losses[0][: len(kept)], rtol=1e-3)
+
+
+def test_nan_steps_of_an_autoencoder_are_skipped(data, tmp_path, monkeypatch):
+    real, calls = train_vae.autoencoder_loss, []
+
+    def broken_from_3(*args, **kwargs):
+        calls.append(1)
+        return real(*args, **kwargs) * (float("nan") if len(calls) > 3 else 1.0)
+
+    monkeypatch.setattr(train_vae, "autoencoder_loss", broken_from_3)
+    with pytest.raises(InputError, match="10 steps in a row"):
+        autoencode(f"--data {data} --out {tmp_path}/run --steps 50 --save-every 2 --regularizer none")
+    state = checkpoint(tmp_path / "run")
+    assert all(v.isfinite().all() for v in state["model"].values()) and state["optimizer"]["state"][0]["step"] == 3
+    assert [line["skipped_steps"] for line in metrics(tmp_path / "run")] == [0] * 3 + [1] * 10
+
+
+def test_measures_equal_scipy_and_numpy():
+    x, y = ((photos(2, 32, seed=s) + 1) * 127.5 for s in (0, 1))
+    y = (x + 0.2 * y).clamp(0, 255).round()
+    mse = ((x - y) ** 2).numpy().mean((1, 2, 3))
+    np.testing.assert_allclose(train_vae.psnr(x, y).numpy(), 10 * np.log10(255**2 / mse), rtol=1e-5)
+    for ours, a, b in zip(train_vae.ssim(x, y), x.double().numpy(), y.double().numpy()):
+
+        def mean(v):
+            return scipy.ndimage.gaussian_filter(v, (0, 1.5, 1.5), radius=(0, 5, 5))[:, 5:-5, 5:-5]
+
+        ma, mb = mean(a), mean(b)
+        va, vb, cov = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
+        oracle = (2 * ma * mb + 6.5025) * (2 * cov + 58.5225) / ((ma**2 + mb**2 + 6.5025) * (va + vb + 58.5225))
+        assert abs(ours.item() - oracle.mean()) < 1e-3
+    assert train_vae.ssim(x, x).min() > 0.9999
+    mean, logvar = torch.randn(50, 3, 8, 8) + 1, torch.randn(50, 3, 8, 8)
+    statistics = train_vae.LatentStatistics()
+    for part in (slice(0, 20), slice(20, 50)):
+        statistics.add(mean[part], logvar[part])
+    found = statistics.result()
+    samples = vae.sample_posterior(mean.repeat(40, 1, 1, 1), logvar.repeat(40, 1, 1, 1))
+    assert abs(found["std"] / samples.std().item() - 1) < 0.01
+
+
+def test_spectrum_report_and_evaluation(autoencoders, data, hub, tmp_path, capsys):
+    few = write_photos(tmp_path / "few", 5, 24)
+    looking(f"--spectrum {autoencoders}/kl {autoencoders}/dsm/checkpoint.pt {autoencoders}/kl --data {few} --out {tmp_path}/s")
+    out = capsys.readouterr().out
+    results = json.loads((tmp_path / "s" / "spectrum.json").read_text())
+    assert list(results) == ["kl", "dsm", "kl 2"] and results["kl"] == results["kl 2"]
+    assert f"{results['kl']['kl_to_target']:.4f}" in out and "kl: latents" in out and "4 x 4 latents" in out
+    table = out[out.index("share of log power") :].splitlines()[1:24]
+    assert all(len(line) <= 80 for line in table) and len({len(line) for line in table}) == 1
+    # the image's and the target's shares, from the definition
+    x = load_all(few).float() / 127.5 - 1
+    small = spectral_losses.resize_to_latent(x, (4, 4))
+    for name, delta in (("image", 0), ("target", 1)):
+        oracle = spectral_losses.log_shares(small, delta).mean(0)
+        np.testing.assert_allclose(results["kl"][f"{name}_shares"], oracle.numpy(), atol=1e-6)
+    assert abs(results["kl"]["image_alpha"] - spectral_losses.power_law_exponent(small)) < 1e-4
+    gap = sum(results["kl"]["latent_shares"][8:]) - sum(results["kl"]["target_shares"][8:])
+    assert abs(results["kl"]["upper_share"] - gap) < 1e-9
+    assert train_vae.verdict({"upper_share": 0.2}).startswith("too noisy")
+    assert train_vae.verdict({"upper_share": -0.2}).startswith("too smooth")
+    assert train_vae.verdict({"upper_share": 0.01}).startswith("matched")
+    looking(f"--eval-only --ckpt {autoencoders}/kl --data {few} --features {hub}:colours --batch 2")
+    out = capsys.readouterr().out
+    assert "rFID" in out and "LPIPS is off" in out and "--lpips-vgg" in out and "PSNR" in out
+    line = json.loads((autoencoders / "kl" / "scores.jsonl").read_text().splitlines()[-1])
+    assert line["kind"] == "reconstruction" and line["images"] == 5 and line["features"] == f"{hub}:colours"
+    assert (autoencoders / "kl" / "samples" / "eval-step0000003-few-16-lowpass.png").exists()
+    numbers = json.loads((autoencoders / "kl" / "samples" / "eval-step0000003-few-16.json").read_text())
+    assert numbers["rfid"] == line["frechet_distance"] and abs(numbers["psnr"] - results["kl"]["psnr"]) < 1e-6
+    looking(f"--eval-only --ckpt {autoencoders}/kl --data {few}")
+    assert "rFID is off; --features inception" in capsys.readouterr().out
+
+
+def test_figure_is_drawn_where_matplotlib_is(autoencoders, data, tmp_path, capsys, monkeypatch):
+    looking(f"--spectrum {autoencoders}/kl --data {data} --eval-images 4 --out {tmp_path}/s")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        assert "pip install matplotlib" in capsys.readouterr().out
+    else:
+        assert Image.open(tmp_path / "s" / "spectrum.png").width > 500
+
+
+def test_latent_cache(autoencoders, data, tmp_path, capsys):
+    looking(f"--encode {data} --ckpt {autoencoders}/kl --out {tmp_path}/one.latents --batch 7")
+    out = capsys.readouterr().out
+    assert "48 images and mirror images" in out and "MiB" in out
+    one = train_diffusion.Latents(tmp_path / "one.latents")
+    assert one.moments.shape == (48, 2, 8, 4, 4) and (one.status == 1).all()
+    assert one.header["classes"] == ["left", "right", "up"] and one.header["factor"] == 4
+    assert one.labels.tolist() == Images(str(data), 16).labels
+    net, info = sample.load_autoencoder(autoencoders / "kl", "cpu")
+    assert one.header["autoencoder"] == info["weights"]
+    x = load_all(data) / 127.5 - 1
+    moments = []
+    for view, place in ((x, 0), (x.flip(-1), 1)):
+        mean, logvar = net.encode(view)
+        moments.append((mean, logvar))
+        np.testing.assert_allclose(one.moments[:, place], torch.cat((mean, logvar), 1).numpy(), rtol=2e-3, atol=2e-3)
+    std = vae.sample_posterior(*(torch.cat(part) for part in zip(*moments))).std().item()
+    assert abs(one.header["scale"] * std - 1) < 0.02
+    # again: nothing to do; other data into the same file: refused; by two processes: the same
+    before = (tmp_path / "one.latents").read_bytes()
+    looking(f"--encode {data} --ckpt {autoencoders}/kl --out {tmp_path}/one.latents")
+    assert "all 48 images are encoded already" in capsys.readouterr().out
+    with pytest.raises(InputError, match="holds other latents"):
+        looking(f"--encode {data} --ckpt {autoencoders}/dsm --out {tmp_path}/one.latents")
+    assert (tmp_path / "one.latents").read_bytes() == before
+    command(f"train_vae.py --device cpu --workers 0 --encode {data} --ckpt {autoencoders}/kl --out {tmp_path}/two", processes=2)
+    two = train_diffusion.Latents(tmp_path / "two")
+    assert np.abs(two.moments.astype(float) - one.moments).max() < 0.01 and (two.labels == one.labels).all()
+
+
+def test_latent_cache_is_resumed_and_skips_unreadable_images(autoencoders, tmp_path, monkeypatch, capsys):
+    folder = write_photos(tmp_path / "many", 120)
+    (folder / "050.png").write_bytes(b"no picture")
+    file = tmp_path / "cache"
+    flags = f"--encode {folder} --ckpt {autoencoders}/kl --out {file} --batch 10"
+    real, calls = vae.VAE.encode, []
+
+    def killed_after(self, x):
+        calls.append(len(x))
+        if len(calls) > 8:
+            raise KeyboardInterrupt
+        return real(self, x)
+
+    monkeypatch.setattr(vae.VAE, "encode", killed_after)
+    with pytest.raises(KeyboardInterrupt):
+        looking(flags)
+    assert not file.exists() and (train_diffusion.Latents(f"{file}.part").status == 1).sum() == 40
+    monkeypatch.setattr(vae.VAE, "encode", lambda self, x: (calls.append(len(x)), real(self, x))[1])
+    calls.clear()
+    looking(flags)
+    assert sum(calls) == 2 * (120 - 40 - 1)  # only what was missing, and mirrored
+    cache = train_diffusion.Latents(file)
+    assert cache.status.tolist() == [1] * 50 + [2] + [1] * 69 and (cache.labels == -1).all()
+    assert not Path(f"{file}.part").exists()
+    monkeypatch.setattr(train_vae.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1000))
+    with pytest.raises(InputError, match=r"--out .*other: needs 0.1 MiB, its disk has 0.0 free"):
+        looking(flags.replace(str(file), f"{tmp_path}/other"))
+    assert not list(tmp_path.glob("other*"))
+
+
+def test_bad_input_of_autoencoders(autoencoders, trained, data, lpips_files, tmp_path, capsys):
+    def refused(match, flags="", out=tmp_path / "new"):
+        with pytest.raises(InputError, match=match):
+            autoencode(f"--data {data} --out {out} --steps 2 {flags}")
+
+    refused("--size 18: --preset tiny takes multiples of 4", "--size 18")
+    refused("--size 40: --preset f16d16 takes multiples of 16", "--size 40 --preset f16d16")
+    refused("--regularizer blur", "--regularizer blur")
+    refused("--regularizer none.kl", "--regularizer none+kl")
+    refused("choose one", "--regularizer eq+dsm")
+    refused("--size 12: a latent of 3x3 is too small for the blocks", "--regularizer dsm --size 12")
+    refused("must be at least 11", "--regularizer none --size 8")
+    refused("--size 16: nothing smaller", "--regularizer eq")
+    refused("cannot be halved", "--regularizer se")
+    refused("needs --encoder", "--regularizer vf")
+    refused("--encoder nowhere:x", "--regularizer vf --encoder nowhere:x --size 32")
+    refused("the discriminator would see 16", "--gan-weight 1")
+    refused("--kl-weight -1", "--kl-weight -1")
+    refused("LPIPS heads weights nowhere", f"--lpips-weight 1 --lpips-vgg {lpips_files[0]} --lpips-heads nowhere")
+    refused("--features-weights FILE", "--features inception --features-weights nowhere --regularizer kl")
+    before = (autoencoders / "kl" / "checkpoint.pt").read_bytes()
+    refused("--preset tiny there, f4d4 now", "--regularizer kl --preset f4d4 --gan-weight 0 --lpips-weight 0", autoencoders / "kl")
+    refused("--regularizer kl there, esm now", "", autoencoders / "kl")
+    refused("a checkpoint of train_diffusion.py; give one of train_vae.py", "", trained)
+    assert (autoencoders / "kl" / "checkpoint.pt").read_bytes() == before
+    with pytest.raises(InputError, match="a checkpoint of train_vae.py; give one of train_diffusion.py"):
+        sampling(autoencoders / "kl")
+    for flags, match in (
+        ("--eval-only", "--eval-only: name the autoencoder with --ckpt"),
+        (f"--encode {data}", "--encode: name the autoencoder"),
+        (f"--encode {data} --ckpt {autoencoders}/kl --size 18", "--size 18: the autoencoder .* multiples of 4"),
+        (f"--encode {data} --ckpt {tmp_path}/nowhere", "no such run"),
+        (f"--spectrum {autoencoders}/kl {trained}", "a checkpoint of train_diffusion.py"),
+        (f"--eval-only --ckpt {autoencoders}/kl --batch -1", "--batch -1"),
+        (f"--ckpt {autoencoders}/kl", "is for --eval-only and --encode"),
+        ("--size 64 --preset f32d64 --regularizer eq --gan-weight 0.5", "the discriminator would see 16"),
+        ("--size 16 --preset f16d16 --regularizer eq", "nothing smaller"),
+    ):
+        with pytest.raises(InputError, match=match):
+            looking(flags)
+    state = checkpoint(autoencoders / "kl")
+    state["config"]["widths"] = [32, 32, 64]
+    torch.save(state, tmp_path / "other.pt")
+    with pytest.raises(InputError, match="another architecture than this VAE"):
+        looking(f"--eval-only --ckpt {tmp_path}/other.pt")
+    (tmp_path / "text").write_text("hello, no cache")
+    with pytest.raises(InputError, match="no latent cache"):
+        train_diffusion.Latents(tmp_path / "text")
+    # what is merely absent is off, in one line, and a GAN that never starts is warned of
+    capsys.readouterr()
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patch:
+        patch.setattr(torch.hub, "download_url_to_file", lambda url, file: open(f"{file}/no/network"))
+        patch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+        autoencode(f"--data {data} --out {tmp_path}/off --steps 1 --size 24 --lpips-weight 0.5 --gan-weight 0.5")
+    out = capsys.readouterr().out
+    (line,) = [line for line in out.splitlines() if "LPIPS is off" in line]
+    assert "--lpips-vgg FILE" in line and "https://" in line and str(tmp_path / "hub") in line
+    assert "warning: --gan-start 50000 is not before the end" in out
+
+
+def test_benchmark_of_autoencoders(data, tmp_path, capsys):
+    autoencode(f"--data {data} --out {tmp_path}/none --benchmark 1")
+    out = capsys.readouterr().out
+    assert "images/s" in out and "GFLOP/s" in out and not (tmp_path / "none").exists()
 
 
 def test_documented_commands_are_understood():

@@ -32,9 +32,9 @@ from tqdm import tqdm
 
 from dct import DCTStatistics, ebfr_weights, psnr_per_keep
 from sample import (Diffusion, Images, InputError, build_network, choose_device, generate, generator, like,
-                    load_weights, make_codec, parse_model, progress, read_checkpoint, run_program, save_grid, target,
+                    load_weights, make_codec, parse_model, progress, read_checkpoint, run_program, save_grid, short_name, target,
                     write_atomically)  # fmt: skip
-from spectral_losses import psd
+from spectral_losses import band_error
 
 # ---- set-up: processes, data order ------------------------------------------------------------------------
 
@@ -78,6 +78,10 @@ class Processes:
         if self.world == 1:
             return network
         return DistributedDataParallel(network, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def no_sync(self, wrapped, last):
+        """The context of one part of a batch: gradients are averaged over processes with the last."""
+        return contextlib.nullcontext() if last or self.world == 1 else wrapped.no_sync()
 
     def print(self, text):
         if self.main:
@@ -206,6 +210,64 @@ class Store:
             yield where, pixels
 
 
+class Latents:
+    """A latent cache, one memory-mapped file: header, status and label of every image, moments.
+
+    header   dict: kind ("moments"), preset, shape, size, factor, data, classes, autoencoder (hash of its weights),
+             scale (1 / std, None until all is encoded)
+    status   (N,) uint8: 0 to be encoded, 1 encoded, 2 unreadable
+    labels   (N,) int32, -1 where there are no classes
+    moments  (N, 2, 2C, h, w) float16: of the image and of its mirror image, mean and log variance
+    """
+
+    MAGIC, PAGE = b"LATENTS1", 4096
+
+    def __init__(self, file, mode="r"):
+        self.file = Path(file)
+        with self.file.open("rb") as handle:
+            if handle.read(8) != self.MAGIC:
+                raise InputError(f"{file}: no latent cache of train_vae.py --encode")
+            self.room = int.from_bytes(handle.read(8), "little")
+            self.header = json.loads(handle.read(self.room - 16))
+        n, *rest = self.header["shape"]
+        offsets = self.layout(self.room, self.header["shape"])
+        self.status = np.memmap(file, np.uint8, mode, offsets[0], (n,))
+        self.labels = np.memmap(file, np.int32, mode, offsets[1], (n,))
+        self.moments = np.memmap(file, np.float16, mode, offsets[2], (n, *rest))
+
+    @classmethod
+    def layout(cls, room, shape):
+        """Where status, labels and moments begin, and the size of the file, in bytes."""
+        offsets = [room]
+        for size in (shape[0], 4 * shape[0], 2 * math.prod(shape)):
+            offsets.append(math.ceil((offsets[-1] + size) / cls.PAGE) * cls.PAGE)
+        return offsets
+
+    @classmethod
+    def pack(cls, header, room=None):
+        text = json.dumps(header).encode()
+        room = room or math.ceil((len(text) + 256) / cls.PAGE) * cls.PAGE  # space for the scale
+        return (cls.MAGIC + room.to_bytes(8, "little") + text).ljust(room), room
+
+    @classmethod
+    def create(cls, file, header, labels):
+        """Write the file without moments; its size is set, and taken up as it fills."""
+        start, room = cls.pack(header)
+        with open(file, "wb") as handle:
+            handle.write(start)
+            handle.truncate(cls.layout(room, header["shape"])[-1])
+        cls(file, "r+").labels[:] = -1 if labels is None else labels
+
+    def same(self, header):
+        """Are these latents what `header` says, the scale aside?"""
+        return self.header | {"scale": None} == header | {"scale": None}
+
+    def finish(self, **entries):
+        self.header |= entries
+        with self.file.open("r+b") as handle:
+            handle.write(self.pack(self.header, self.room)[0])
+
+
 # ---- method -----------------------------------------------------------------------------------------------
 
 X0_FLOOR = 0.04  # x0 errors are weighted 1 / (sigma^2 + this): the v loss, bounded near t = 0
@@ -276,17 +338,19 @@ def band_errors(diffusion, store, parts, seed, device, levels=(0.1, 0.5, 0.9)):
     -> {t: [16 numbers]}, low to high; 1 is a prediction that knows nothing of the band, None a band without power.
     parts: numbers of images in the store, a batch at a time; their noise follows from the seed.
     """
-    power, errors, noise = 0, {level: 0 for level in levels}, generator(seed, 2)
+    images, predictions, noise = [], {level: [] for level in levels}, generator(seed, 2)
     for numbers in parts:
         x0 = diffusion.encode(store[numbers].to(device) / 127.5 - 1)
-        images, eps = diffusion.decode(x0), torch.randn(x0.shape, generator=noise).to(device)
+        images.append(diffusion.decode(x0))
+        eps = torch.randn(x0.shape, generator=noise).to(device)
         y = store.labels[store.indices[numbers]].to(device) if diffusion.classes else None
-        power, denoise = power + psd(images).sum(0), diffusion.denoiser(y)
+        denoise = diffusion.denoiser(y)
         for level in levels:
             t = torch.full((len(x0),), level, device=device)
             alpha, sigma = diffusion.path.alpha_sigma(like(t, x0))
-            errors[level] += psd(diffusion.decode(denoise(alpha * x0 + sigma * eps, t)[0]) - images).sum(0)
-    ratios = {str(level): (error / power).tolist() for level, error in errors.items()}
+            predictions[level].append(diffusion.decode(denoise(alpha * x0 + sigma * eps, t)[0]))
+    images = torch.cat(images)
+    ratios = {str(level): band_error(torch.cat(made), images).tolist() for level, made in predictions.items()}
     return {level: [r if math.isfinite(r) else None for r in ratio] for level, ratio in ratios.items()}
 
 
@@ -300,14 +364,20 @@ def autocast(args, device):
     return lambda: torch.autocast(device.type, dtype, enabled=dtype is not None), dtype
 
 
-def flops_per_image(diffusion, device):
-    """Forward and backward FLOPs of one image, counted by torch."""
+def count_flops(loss):
+    """FLOPs of loss() and its backward pass, counted by torch."""
+    with FlopCounterMode(display=False) as counter:
+        loss().backward()
+    return counter.get_total_flops()
+
+
+def diffusion_flops(diffusion, device):
+    """Forward and backward FLOPs of one image."""
     x, t = torch.zeros(1, *diffusion.shape, device=device), torch.zeros(1, device=device)
     y = torch.zeros(1, dtype=torch.long, device=device) if diffusion.classes else None
-    with FlopCounterMode(display=False) as counter:
-        diffusion.output(diffusion.network, x, t, y).sum().backward()
+    flops = count_flops(lambda: diffusion.output(diffusion.network, x, t, y).sum())
     diffusion.network.zero_grad(set_to_none=True)
-    return counter.get_total_flops()
+    return flops
 
 
 def matmul_rate(device, dtype, n=None):
@@ -328,85 +398,95 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
-class Meter:
-    """Sums kept on the device between log lines; read once a line, so that steps never wait."""
+BAD_STEPS = 10  # non-finite ones in a row that stop a run
 
-    def __init__(self, device):
-        self.device = device
-        self.reset()
-        self.bad_run, self.worst_run = torch.zeros((), device=device), torch.zeros((), device=device)
 
-    def reset(self):
-        self.loss, self.count = (
-            torch.zeros(4, device=self.device),
-            torch.zeros(4, device=self.device),
-        )  # by quarter of t
-        self.norm, self.steps, self.skipped = (torch.zeros((), device=self.device) for _ in range(3))
+class Log:
+    """The progress bar and RUN/metrics.jsonl. Between two lines, sums stay on the device, so that steps never wait."""
 
-    def add_losses(self, loss, t):
-        quarter, finite = (t * 4).long().clamp_max(3), loss.detach().isfinite()
-        self.loss.index_add_(0, quarter, torch.where(finite, loss.detach(), 0))
-        self.count.index_add_(0, quarter, finite.float())
+    def __init__(self, args, processes, count, step, flops=0, peak=1):
+        self.args, self.processes, self.device, self.count = args, processes, processes.device, count
+        self.flops, self.peak = flops, peak  # FLOPs of an image, the device's FLOP/s
+        self.file, self.worst_run, self.bad_runs = Path(args.out) / "metrics.jsonl", self._zero(), {}
+        if processes.main and self.file.exists():  # lines after the step resumed from will be made again
+            whole = self.file.read_text().split("\n")[:-1]  # a killed process may leave half a line
+            kept = "".join(f"{line}\n" for line in whole if json.loads(line)["step"] <= step)
+            write_atomically(self.file, lambda f: f.write(kept.encode()))
+        self.bar = progress(total=args.steps * args.batch, initial=step * args.batch, unit="img", unit_scale=True,
+                            desc="train", disable=not processes.main)  # fmt: skip
+        self._begin(step)
 
-    def add_step(self, norm):
+    def _zero(self):
+        return torch.zeros((), device=self.device)
+
+    def _begin(self, step):
+        self.sums, self.norm, self.steps, self.skipped = {}, self._zero(), self._zero(), self._zero()
+        self.restart_clock(step)
+
+    def restart_clock(self, step):
+        self.started, self.step_then = time.perf_counter(), step
+
+    def add(self, name, values, where=None, bins=1):
+        """Count values, (n,) or a scalar, in the mean called `name`, or in `bins` means, where (n,) saying which."""
+        values = values.detach().float().view(-1)
+        where, finite = torch.zeros_like(values).long() if where is None else where, values.isfinite()
+        sums = self.sums.setdefault(name, torch.zeros(2, bins, device=self.device))
+        sums.index_add_(1, where, torch.stack((values.where(finite, 0), finite.float())))
+
+    def add_step(self, norm, optimizer):
+        """Count a step of an optimizer by its gradient norm; one that is not finite was skipped."""
         good = norm.isfinite()
         self.norm += torch.where(good, norm, 0)
         self.steps += good
         self.skipped += ~good
-        self.bad_run = torch.where(good, 0, self.bad_run + 1)
-        self.worst_run = torch.maximum(self.worst_run, self.bad_run)
+        self.bad_runs[optimizer] = torch.where(good, 0, self.bad_runs.get(optimizer, 0) + 1)
+        self.worst_run = torch.maximum(self.worst_run, self.bad_runs[optimizer])
 
-    def read(self, processes):
-        loss, count = processes.sum(self.loss), processes.sum(self.count)
-        quarters = (loss / count).tolist()
-        result = {
-            "loss": (loss.sum() / count.sum()).item(),
-            "loss_by_quarter_of_t": [q if math.isfinite(q) else None for q in quarters],
-            "grad_norm": (self.norm / self.steps.clamp_min(1)).item(),
-            "skipped_steps": int(self.skipped),
-        }
-        self.reset()
-        return result
-
-
-class MetricsFile:
-    """RUN/metrics.jsonl; lines after the step resumed from are dropped, they will be made again."""
-
-    def __init__(self, file, step):
-        self.file = Path(file)
-        if self.file.exists():
-            whole = self.file.read_text().split("\n")[:-1]  # a killed process may leave half a line
-            kept = "".join(f"{line}\n" for line in whole if json.loads(line)["step"] <= step)
-            write_atomically(self.file, lambda f: f.write(kept.encode()))
+    def end_step(self, step, lr):
+        """Write a line where one is due. Raises InputError after ten non-finite steps in a row."""
+        self.bar.update(self.args.batch)
+        if step % self.args.log_every and step != self.args.steps:
+            return
+        line = {}
+        for name, sums in self.sums.items():
+            total, count = self.processes.sum(sums).tolist()
+            means = [t / c if c else None for t, c in zip(total, count)]
+            line[name] = means if len(means) > 1 else means[0]
+        line["grad_norm"], line["skipped_steps"] = (self.norm / self.steps.clamp_min(1)).item(), int(self.skipped)
+        rate, worst = (step - self.step_then) * self.args.batch / (time.perf_counter() - self.started), int(self.worst_run)
+        line |= {"lr": lr, "images_per_s": round(rate, 1)}
+        line |= {"share_of_peak": round(rate * self.flops / self.peak, 4)} if self.flops else {}
+        images = step * self.args.batch
+        self.write(step=step, images=images, epoch=images / self.count, **line)
+        if line.get("loss") is not None:
+            self.bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
+        if worst >= BAD_STEPS:
+            self.bar.close()
+            raise InputError(
+                f"{worst} steps in a row up to {step} were not finite and were skipped; {self.args.out}/checkpoint.pt "
+                f"is the last good one. Lower --lr {self.args.lr:g}, or --amp off"
+            )
+        self._begin(step)
 
     def write(self, **entry):
-        with self.file.open("a") as handle:
-            handle.write(json.dumps(entry) + "\n")
+        if self.processes.main:
+            with self.file.open("a") as handle:
+                handle.write(json.dumps(entry) + "\n")
 
 
 # ---- settings ---------------------------------------------------------------------------------------------
 
 # What a flag is when it is not given. The tiny networks take a recipe that learns in minutes on a CPU (x0 prediction on
 # the flow path); all others take DCTdiff's published settings.
-TINY = dict(path="flow", predict="x0", t_sampling="logit-normal", ebfr=False, lr=2e-3, betas=[0.9, 0.99], warmup=100,
+TINY = dict(weight_decay=0.03, path="flow", predict="x0", t_sampling="logit-normal", ebfr=False, lr=2e-3, betas=[0.9, 0.99], warmup=100,
             lr_decay="linear", ema=0.999, batch=64, steps=1800)  # fmt: skip
-PUBLISHED = dict(path="vp", predict="eps", t_sampling="uniform", ebfr=True, lr=2e-4, betas=[0.99, 0.99], warmup=5000,
+PUBLISHED = dict(weight_decay=0.03, path="vp", predict="eps", t_sampling="uniform", ebfr=True, lr=2e-4, betas=[0.99, 0.99], warmup=5000,
                  lr_decay="none", ema=0.9999, batch=256, steps=500_000)  # fmt: skip
 KEEP = {2: 4, 4: 9, 8: 18}  # coefficients kept per block [code]; 8 of 16 from 256 px on
 SNR_SCALE = {32: 2.0, 64: 4.0, 128: 4.0, 256: 4.0, 512: 12.0}  # c of the vp path by resolution, in DCT space [code]
 # On the flow path c is B^2 [ours]: dividing by eta, about 128 B, makes the noise of a token B times that of a pixel.
-MAY_CHANGE = {
-    "steps",
-    "device",
-    "workers",
-    "compile",
-    "log_every",
-    "eval_every",
-    "save_every",
-    "fresh",
-    "benchmark",
-    "out",
-}
+MAY_CHANGE = set("steps device workers compile log_every eval_every save_every fresh benchmark out "
+                 "val features features_weights lpips_vgg lpips_heads eval_images eval_only spectrum encode ckpt".split())  # fmt: skip
 
 
 def complete(args):
@@ -429,31 +509,22 @@ def complete(args):
     if dct:
         make_codec(vars(args) | {"eta": 1.0})  # raises where size, block and keep do not fit together
     if args.out is None:
-        name = Path(args.data.replace(":", "-")).resolve().stem
-        args.out = f"runs/{name}-{args.size}-{args.space}-{args.model.lower().replace('/', '-')}"
-    least = dict(
-        size=1,
-        steps=1,
-        batch=1,
-        grad_accum=1,
-        log_every=1,
-        eval_every=1,
-        save_every=1,
-        lr=0,
-        clip=0,
-        snr_scale=1e-9,
-        seed=0,
-        weight_decay=0,
-        warmup=0,
-        benchmark=0,
-        workers=0,
-    )
+        args.out = f"runs/{short_name(args.data)}-{args.size}-{args.space}-{args.model.lower().replace('/', '-')}"
+    check_ranges(args, snr_scale=1e-9)
+    if not 0 <= args.label_dropout < 1:
+        raise InputError(f"--label-dropout {args.label_dropout}: must lie in [0, 1)")
+
+
+def check_ranges(args, **least):
+    """Raise InputError for a flag that is out of its range, or below that of name=least; None is in every range."""
+    least |= dict.fromkeys(("size", "steps", "batch", "grad_accum", "log_every", "eval_every", "save_every"), 1)
+    least |= dict.fromkeys(("lr", "clip", "seed", "weight_decay", "warmup", "benchmark", "workers"), 0)
     for name, minimum in least.items():
         value = getattr(args, name)
         if value is not None and value < minimum:
             raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {minimum:g}")
-    for name, value in (("label_dropout", args.label_dropout), ("ema", args.ema), *(("betas", b) for b in args.betas)):
-        if not 0 <= value < 1:
+    for name, value in (("ema", args.ema), *(("betas", b) for b in args.betas or ())):
+        if value is not None and not 0 <= value < 1:
             raise InputError(f"--{name.replace('_', '-')} {value}: must lie in [0, 1)")
 
 
@@ -461,13 +532,13 @@ def plain_arguments(args):
     return {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
 
 
-def open_run(args):
+def open_run(args, kind):
     """The checkpoint to resume from, or None. Raises InputError where RUN is another's, or made with other arguments."""
     run = Path(args.out)
     if (run / "checkpoint.pt").exists():
         if args.fresh:
             raise InputError(f"--fresh: {run} holds a run; --fresh starts in an empty folder only, name another --out")
-        checkpoint = read_checkpoint(run)
+        checkpoint = read_checkpoint(run, kind)
         there, now = checkpoint.get("args", {}), plain_arguments(args)
         changed = [
             f"--{k.replace('_', '-')} {there.get(k)} there, {v} now" for k, v in now.items() if there.get(k) != v
@@ -490,10 +561,13 @@ def open_run(args):
 # ---- benchmark --------------------------------------------------------------------------------------------
 
 
-def benchmark(args, images, diffusion, weights, processes, amp):
-    """`--benchmark N`: times of N steps, part by part, and of file to tokens; nothing is written."""
-    device, say, (context, dtype), clock = processes.device, processes.print, amp, time.perf_counter
-    threads = torch.get_num_threads()
+def benchmark(args, images, processes, encode, names, step, count_flops, dtype):
+    """`--benchmark N`: times of N steps, part by part, and of file to network input; nothing is written.
+
+    encode(pixels in [-1, 1]) makes the network's input; step(i, pixels, mark) does this process's share of step i and
+    calls mark(name) after each part in `names`; count_flops() -> FLOPs of one image, forward and backward.
+    """
+    device, say, clock, threads = processes.device, processes.print, time.perf_counter, torch.get_num_threads()
     torch.set_num_threads(1)
 
     def lap(function, items):
@@ -502,44 +576,28 @@ def benchmark(args, images, diffusion, weights, processes, amp):
 
     read, pixels = lap(images.read, range(len(images)))  # decode, crop, resize
     pixels = [image for image in pixels if image is not None]
-    lap(lambda image: diffusion.encode(image[None].to(device) / 127.5 - 1), pixels[:4])  # warms up
-    encode, _ = lap(lambda image: diffusion.encode(image[None].to(device) / 127.5 - 1), pixels)
+    lap(lambda image: encode(image[None].to(device) / 127.5 - 1), pixels[:4])  # warms up
+    encoding, _ = lap(lambda image: encode(image[None].to(device) / 127.5 - 1), pixels)
     synchronize(device)
     torch.set_num_threads(threads)
-    split = f"{read:.2f} file to pixels + {encode:.2f} pixels to network input"
-    say(f"data, one core   {read + encode:8.2f} ms/image = {split}")
-    say(f"                 {1e3 / (read + encode):8.0f} images/s a core, {len(pixels)} images of {args.size} px")
+    split = f"{read:.2f} file to pixels + {encoding:.2f} pixels to network input"
+    say(f"data, one core   {read + encoding:8.2f} ms/image = {split}")
+    say(f"                 {1e3 / (read + encoding):8.0f} images/s a core, {len(pixels)} images of {args.size} px")
 
-    network = processes.wrap(torch.compile(diffusion.network) if args.compile else diffusion.network)
-    optimizer, names = make_optimizer(diffusion.network, args), ("data", "forward", "backward", "optimizer")
     n, all_times = args.batch // processes.world, []
     batch = torch.stack(pixels).repeat(math.ceil(n / len(pixels)), 1, 1, 1)[:n]
     times, last = {}, clock()
 
-    def add_time(name):
+    def mark(name):
         nonlocal last
         synchronize(device)
         times[name] += clock() - last
         last = clock()
 
-    for step in range(args.benchmark + 2):
+    for i in range(args.benchmark + 2):
         times.update(dict.fromkeys(names, 0.0))
         last = clock()
-        x0 = diffusion.encode(batch.to(device) / 127.5 - 1)
-        t, eps, drop, _ = draw_step(args.seed, step, n, diffusion.shape, args, diffusion.path, device)
-        y = torch.zeros(n, dtype=torch.long, device=device) if diffusion.classes else None
-        add_time("data")
-        for part in torch.arange(n, device=device).chunk(args.grad_accum):
-            with context():
-                labels = None if y is None else y[part]
-                loss = diffusion_loss(diffusion, network, x0[part], eps[part], t[part], labels, drop[part], weights)
-            add_time("forward")
-            loss.mean().backward()
-            add_time("backward")
-        torch.nn.utils.clip_grad_norm_(diffusion.network.parameters(), args.clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
-        add_time("optimizer")
+        step(i, batch, mark)
         all_times.append(list(times.values()))
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
@@ -548,19 +606,98 @@ def benchmark(args, images, diffusion, weights, processes, amp):
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     parts = np.median(all_times[2:], 0)  # the first two warm up
-    step = parts.sum()
-    rate, own = flops_per_image(diffusion, device) * n / step / 1e9, matmul_rate(device, dtype) / 1e9
+    total = parts.sum()
+    rate, own = count_flops() * n / total / 1e9, matmul_rate(device, dtype) / 1e9
     split = " + ".join(f"{seconds * 1e3:.1f} {name}" for name, seconds in zip(names, parts))
-    say(f"step             {step * 1e3:8.1f} ms = {split}, median of {args.benchmark}")
-    say(f"training         {n * processes.world / step:8.1f} images/s, batch {n} x {processes.world}")
+    say(f"step             {total * 1e3:8.1f} ms = {split}, median of {args.benchmark}")
+    say(f"training         {n * processes.world / total:8.1f} images/s, batch {n} x {processes.world}")
     say(f"arithmetic       {rate:8.1f} GFLOP/s a process, {rate / own:.0%} of its {own:.0f} in one matrix product")
     say(f"peak memory      {peak / 2**20:8.0f} MiB")
+
+
+def benchmark_diffusion(args, images, diffusion, weights, processes, amp):
+    """`--benchmark N` of this program."""
+    device, (context, dtype) = processes.device, amp
+    network = processes.wrap(torch.compile(diffusion.network) if args.compile else diffusion.network)
+    optimizer, n = make_optimizer(diffusion.network, args), args.batch // processes.world
+
+    def step(i, pixels, mark):
+        x0 = diffusion.encode(pixels.to(device) / 127.5 - 1)
+        t, eps, drop, _ = draw_step(args.seed, i, n, diffusion.shape, args, diffusion.path, device)
+        y = torch.zeros(n, dtype=torch.long, device=device) if diffusion.classes else None
+        mark("data")
+        for part in torch.arange(n, device=device).chunk(args.grad_accum):
+            with context():
+                labels = None if y is None else y[part]
+                loss = diffusion_loss(diffusion, network, x0[part], eps[part], t[part], labels, drop[part], weights)
+            mark("forward")
+            loss.mean().backward()
+            mark("backward")
+        torch.nn.utils.clip_grad_norm_(diffusion.network.parameters(), args.clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        mark("optimizer")
+
+    names = ("data", "forward", "backward", "optimizer")
+    benchmark(args, images, processes, diffusion.encode, names, step, lambda: diffusion_flops(diffusion, device), dtype)
 
 
 # ---- training ---------------------------------------------------------------------------------------------
 
 GRID_STEPS, GRID_GUIDANCE = 50, 1.5
-BAD_STEPS = 10  # non-finite ones in a row that stop a run
+
+
+def set_up(args, kind):
+    """What both trainers begin with -> the processes, the images, the checkpoint to resume from or None, this process's
+    share of a batch (a slice), images at once. Raises InputError.
+    """
+    processes = Processes(args.device)
+    parts = processes.world * args.grad_accum
+    if args.batch % parts:
+        raise InputError(
+            f"--batch {args.batch}: must be a multiple of {processes.world} processes x --grad-accum {args.grad_accum}"
+        )
+    local = args.batch // processes.world
+    share = slice(processes.rank * local, (processes.rank + 1) * local)
+    images = processes.local_first(lambda: Images(args.data, args.size))
+    if args.benchmark:
+        images.thin(2**24 // args.size**2)
+    checkpoint = None if args.benchmark else open_run(args, kind)
+    processes.barrier()  # all have looked before any writes
+    return processes, images, checkpoint, share, args.batch // parts
+
+
+def workers(args, processes):
+    """How many processes decode images for this one."""
+    return args.workers if args.workers is not None else min(8, (os.cpu_count() or 1) // processes.local_world)
+
+
+def open_store(args, images, processes, checkpoint):
+    """The decoded images of a run, whose folder is made. Raises InputError where they are not those it began with."""
+    folder = Path("." if args.benchmark else args.out)  # a benchmark writes nothing
+    folder.mkdir(parents=True, exist_ok=True)
+    store = Store(images, folder, processes, workers(args, processes))
+    if checkpoint and checkpoint["data_count"] != store.count:
+        raise InputError(
+            f"--data {args.data} has changed since {folder} was begun: then {checkpoint['data_count']} images, now "
+            f"{store.count}. Restore it, or name another --out"
+        )
+    return store
+
+
+def make_scaler(device, dtype):
+    # Without fp16 the scale stays 1 and only the skipping of non-finite steps is used.
+    return torch.amp.GradScaler(device.type, init_scale=2.0**16 if dtype == torch.float16 else 1.0)
+
+
+def take_step(optimizer, scaler, log, args, dtype):
+    """Clip the gradients and step; a step whose gradients are not finite is skipped, and counted."""
+    scaler.unscale_(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    log.add_step(torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf), optimizer)
+    scaler.step(optimizer)
+    scaler.update(None if dtype == torch.float16 else 1.0)
+    optimizer.zero_grad(set_to_none=True)
 
 
 def make_optimizer(network, args):
@@ -586,20 +723,8 @@ def evaluate(diffusion, store, folder, step, args, device, batch):
 def main(args):
     # ---- set-up
     complete(args)
-    processes = Processes(args.device)
-    device, folder, say = processes.device, Path(args.out), processes.print
-    parts = processes.world * args.grad_accum
-    if args.batch % parts:
-        raise InputError(
-            f"--batch {args.batch}: must be a multiple of {processes.world} processes x --grad-accum {args.grad_accum}"
-        )
-    local, micro = args.batch // processes.world, args.batch // parts
-    share = slice(processes.rank * local, (processes.rank + 1) * local)
-    images = processes.local_first(lambda: Images(args.data, args.size))
-    if args.benchmark:
-        images.thin(2**24 // args.size**2)
-    checkpoint = None if args.benchmark else open_run(args)
-    processes.barrier()  # all have looked before any writes
+    processes, images, checkpoint, share, micro = set_up(args, "diffusion")
+    device, folder, say, local = processes.device, Path(args.out), processes.print, share.stop - share.start
     if checkpoint and checkpoint["step"] >= args.steps:
         return finished(args, say, checkpoint["step"], again=True)
 
@@ -612,18 +737,15 @@ def main(args):
         build_network(config | {"eta": 1.0})  # raises before any work where model and size do not fit
 
     # ---- data
-    if not args.benchmark:  # which writes nothing
-        folder.mkdir(parents=True, exist_ok=True)
-    workers = args.workers if args.workers is not None else min(8, (os.cpu_count() or 1) // processes.local_world)
-    store = Store(images, "." if args.benchmark else folder, processes, workers)
+    store = open_store(args, images, processes, checkpoint)
 
     # ---- model
     if checkpoint:
-        config, there = checkpoint["config"], (checkpoint["config"]["classes"], checkpoint["data_count"])
-        if there != (classes, store.count):
+        config = checkpoint["config"]
+        if config["classes"] != classes:
             raise InputError(
-                f"--data {args.data} has changed since {folder} was begun: then {there[1]} images of classes {there[0]}, "
-                f"now {store.count} of {classes}. Restore it, or name another --out"
+                f"--data {args.data} has changed since {folder} was begun: then its classes were {config['classes']}, "
+                f"now {classes}. Restore it, or name another --out"
             )
     elif args.space == "dct":
         config |= measure_codec(args, store, processes)
@@ -633,10 +755,9 @@ def main(args):
     weights = ebfr_weights(torch.tensor(config["entropies"]), config["keep"]).to(device) if args.ebfr else None
     amp, dtype = autocast(args, device)
     if args.benchmark:
-        return benchmark(args, images, diffusion, weights, processes, (amp, dtype))
+        return benchmark_diffusion(args, images, diffusion, weights, processes, (amp, dtype))
     optimizer, ema = make_optimizer(network, args), copy.deepcopy(network).eval().requires_grad_(False)
-    # Without fp16 the scale stays 1 and only the skipping of non-finite steps is used.
-    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if dtype == torch.float16 else 1.0)
+    scaler = make_scaler(device, dtype)
 
     # ---- resume
     step = 0
@@ -668,14 +789,11 @@ def main(args):
             write_atomically(folder / "checkpoint.pt", lambda f: torch.save(state, f))
 
     # ---- loop
-    flops = peak = 0
+    flops, peak = 0, 1
     if device.type == "cuda":
-        flops, peak = flops_per_image(diffusion, device), matmul_rate(device, dtype) * processes.world
+        flops, peak = diffusion_flops(diffusion, device), matmul_rate(device, dtype) * processes.world
     wrapped = processes.wrap(torch.compile(network) if args.compile else network)
-    metrics = MetricsFile(folder / "metrics.jsonl", step) if processes.main else None
-    meter, started, steps_then = Meter(device), time.perf_counter(), step
-    bar = progress(total=args.steps * args.batch, initial=step * args.batch, unit="img", unit_scale=True, desc="train",
-                   disable=not processes.main)  # fmt: skip
+    log = Log(args, processes, store.count, step, flops, peak)
     for where, pixels in store.batches(order, range(step, args.steps), share):
         drawn = draw_step(args.seed, step, args.batch, diffusion.shape, args, diffusion.path, device)
         t, eps, drop, flip = (values[share] for values in drawn)
@@ -686,45 +804,27 @@ def main(args):
             group["lr"] = learning_rate(step, args)
         for start in range(0, local, micro):
             part, last = slice(start, start + micro), start + micro == local
-            with contextlib.nullcontext() if last or processes.world == 1 else wrapped.no_sync():
+            with processes.no_sync(wrapped, last):
                 with amp():
                     loss = diffusion_loss(diffusion, wrapped, x0[part], eps[part], t[part],
                                           None if y is None else y[part], drop[part], weights)  # fmt: skip
                 scaler.scale(loss.mean() / args.grad_accum).backward()
-            meter.add_losses(loss, t[part])
-        scaler.unscale_(optimizer)
-        meter.add_step(torch.nn.utils.clip_grad_norm_(network.parameters(), args.clip or math.inf))
-        scaler.step(optimizer)
-        scaler.update(None if dtype == torch.float16 else 1.0)
-        optimizer.zero_grad(set_to_none=True)
+            log.add("loss", loss)
+            log.add("loss_by_quarter_of_t", loss, (t[part] * 4).long().clamp_max(3), bins=4)
+        take_step(optimizer, scaler, log, args, dtype)
         update_ema(ema, network, step, args.ema)
         step += 1
-        bar.update(args.batch)
-
         # log
-        if step % args.log_every == 0 or step == args.steps:
-            worst, line = int(meter.worst_run), meter.read(processes)
-            rate = (step - steps_then) * args.batch / (time.perf_counter() - started)
-            if processes.main:
-                line |= {"lr": optimizer.param_groups[0]["lr"], "images_per_s": round(rate, 1)}
-                line |= {"share_of_peak": round(rate * flops / peak, 4)} if flops else {}
-                metrics.write(step=step, images=step * args.batch, epoch=step * args.batch / store.count, **line)
-                bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
-            if worst >= BAD_STEPS:
-                raise InputError(
-                    f"{worst} steps in a row up to {step} were not finite and were skipped; {folder}/checkpoint.pt "
-                    f"is the last good one. Lower --lr {args.lr:g}, or --amp off"
-                )
-            started, steps_then = time.perf_counter(), step
+        log.end_step(step, optimizer.param_groups[0]["lr"])
         # save
         if step % args.save_every == 0 or step == args.steps:
             save()
         # evaluate
         if step % args.eval_every == 0 or step == args.steps:
             if processes.main:
-                metrics.write(step=step, x0_error_by_band=evaluate(sampled, store, folder, step, args, device, 4 * micro))
-            started, steps_then = time.perf_counter(), step
-    bar.close()
+                log.write(step=step, x0_error_by_band=evaluate(sampled, store, folder, step, args, device, 4 * micro))
+            log.restart_clock(step)
+    log.bar.close()
     finished(args, say, step)
 
 
@@ -754,10 +854,48 @@ def finished(args, say, step, again=False):
         say("  your own python train_diffusion.py --data FOLDER_OR_ZIP --size 64")
 
 
+def recipe_defaults(small, large, which):
+    """-> both(name), the end of a help text: a flag's default in two recipes."""
+
+    def both(name):
+        values = (" ".join(map(str, d[name])) if isinstance(d[name], list) else d[name] for d in (small, large))
+        return "(default: {} for {which}, {} for others)".format(*values, which=which)
+
+    return both
+
+
+def add_training_flags(add, both):
+    """The flags of both trainers that read the same."""
+    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the images (default: yes)")
+    add("--steps", type=int, metavar="N", help=f"optimizer steps {both('steps')}")
+    add("--batch", type=int, metavar="GLOBAL", help=f"images a step, over all processes {both('batch')}")
+    add("--grad-accum", type=int, default=1, metavar="N", help="parts that a process's share is cut into (default: 1)")
+    add("--lr", type=float, metavar="X", help=f"AdamW learning rate {both('lr')}")
+    add("--lr-decay", choices=("none", "linear"),
+        help=f"after warm-up: constant, or linearly to 0 at --steps {both('lr_decay')}")  # fmt: skip
+    add("--warmup", type=int, metavar="N", help=f"steps of linear warm-up {both('warmup')}")
+    add("--betas", type=float, nargs=2, metavar=("B1", "B2"), help=f"AdamW betas {both('betas')}")
+    add("--weight-decay", type=float, metavar="X", help=f"AdamW weight decay {both('weight_decay')}")
+    add("--clip", type=float, default=1.0, metavar="X", help="largest gradient norm, 0 for none (default: 1)")
+    add("--ema", type=float, metavar="X", help=f"decay of the average of the weights, 0 for none {both('ema')}")
+    add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
+        help="autocast (default: auto, bf16 on CUDA, off on a CPU)")  # fmt: skip
+    add("--compile", action="store_true", help="torch.compile the network")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: auto)")
+    add("--seed", type=int, default=0, metavar="N", help="of weights, data order and noise (default: 0)")
+    add("--workers", type=int, metavar="N", help="processes that decode images (default: the CPU's cores, at most 8)")
+    add("--log-every", type=int, default=50, metavar="N", help="steps a metrics line (default: 50)")
+    add("--eval-every", type=int, default=1000, metavar="N", help="steps between evaluations (default: 1000)")
+    add("--save-every", type=int, default=500, metavar="N", help="steps between checkpoints (default: 500)")
+    add("--fresh", action="store_true", help="never resume: --out must be empty")
+    add("--benchmark", type=int, default=0, metavar="N",
+        help="time N steps part by part, train nothing (default: 0, off)")  # fmt: skip
+
+
 def make_parser():
     flag = argparse.BooleanOptionalAction
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add, both = parser.add_argument, recipe_defaults(TINY, PUBLISHED, "nano and tiny models")
     add("--data", default="dead-leaves", metavar="SPEC",
         help="folder, .zip, cifar10, dead-leaves or dead-leaves:full (default: dead-leaves)")  # fmt: skip
     add("--size", type=int, default=32, metavar="PIXELS", help="images are cropped and resized to this (default: 32)")
@@ -765,10 +903,6 @@ def make_parser():
     add("--space", default="dct", choices=("dct", "pixel"), help="what is diffused (default: dct)")
     add("--model", default="dit-nano", metavar="NAME",
         help="uvit-nano|tiny|s|m|l|h or dit-nano|tiny|s|b|l|xl, in pixel space with /PATCH (default: dit-nano)")  # fmt: skip
-
-    def both(name):
-        values = (" ".join(map(str, d[name])) if isinstance(d[name], list) else d[name] for d in (TINY, PUBLISHED))
-        return "(default: {} for nano and tiny models, {} for others)".format(*values)
 
     add("--path", choices=("vp", "flow"), help=f"noise path {both('path')}")
     add("--predict", choices=("eps", "v", "x0"), help=f"what the network predicts {both('predict')}")
@@ -790,38 +924,7 @@ def make_parser():
         metavar="P",
         help="share of labels made the null class (default: 0.1)",
     )
-    add("--flip", action=flag, default=True, help="mirror half of the images (default: yes)")
-    add("--steps", type=int, metavar="N", help=f"optimizer steps {both('steps')}")
-    add("--batch", type=int, metavar="GLOBAL", help=f"images a step, over all processes {both('batch')}")
-    add("--grad-accum", type=int, default=1, metavar="N", help="parts that a process's share is cut into (default: 1)")
-    add("--lr", type=float, metavar="X", help=f"AdamW learning rate {both('lr')}")
-    add(
-        "--lr-decay",
-        choices=("none", "linear"),
-        help=f"after warm-up: constant, or linearly to 0 at --steps {both('lr_decay')}",
-    )
-    add("--warmup", type=int, metavar="N", help=f"steps of linear warm-up {both('warmup')}")
-    add("--betas", type=float, nargs=2, metavar=("B1", "B2"), help=f"AdamW betas {both('betas')}")
-    add("--weight-decay", type=float, default=0.03, metavar="X", help="AdamW weight decay (default: 0.03)")
-    add("--clip", type=float, default=1.0, metavar="X", help="largest gradient norm, 0 for none (default: 1)")
-    add("--ema", type=float, metavar="X", help=f"decay of the average of the weights {both('ema')}")
-    add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
-        help="autocast (default: auto, bf16 on CUDA, off on a CPU)")  # fmt: skip
-    add("--compile", action="store_true", help="torch.compile the network")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: auto)")
-    add("--seed", type=int, default=0, metavar="N", help="of weights, data order and noise (default: 0)")
-    add("--workers", type=int, metavar="N", help="processes that decode images (default: the CPU's cores, at most 8)")
-    add("--log-every", type=int, default=50, metavar="N", help="steps a metrics line (default: 50)")
-    add("--eval-every", type=int, default=1000, metavar="N", help="steps between sample grids (default: 1000)")
-    add("--save-every", type=int, default=500, metavar="N", help="steps between checkpoints (default: 500)")
-    add("--fresh", action="store_true", help="never resume: --out must be empty")
-    add(
-        "--benchmark",
-        type=int,
-        default=0,
-        metavar="N",
-        help="time N steps part by part, train nothing (default: 0, off)",
-    )
+    add_training_flags(add, both)
     return parser
 
 

@@ -1,0 +1,876 @@
+"""Train an autoencoder whose latents are easy to diffuse (Spectrum Matching, arXiv 2603.14645), and look at its spectrum.
+
+    python train_vae.py                                                      # built-in images, minutes on a laptop
+    python train_vae.py --data photos/ --size 64 --regularizer esm           # kl, esm, dsm, eq, se, vf, none, esm+dsm
+    torchrun --nproc_per_node=8 train_vae.py --data photos.zip --preset f8d4 --regularizer dsm
+    python train_vae.py --eval-only --ckpt runs/mine --data more/            # PSNR, SSIM, rFID, LPIPS, spectrum
+    python train_vae.py --spectrum runs/kl runs/esm runs/dsm --data photos/  # side by side, a table and a figure
+    python train_vae.py --encode photos/ --ckpt runs/mine --out photos.latents
+
+The same command again resumes. The method is in `draw_views` (what the decoder is shown), `regularizers` and
+spectral_losses.py; the network in vae.py; data, resume, logging and torchrun set-up are train_diffusion.py's.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import shutil
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Subset
+
+from repa import load_encoder
+from sample import (Images, InputError, crop_text, fingerprint, frechet_distance, generator, like, load_autoencoder,
+                    load_features, load_weights, progress, record_score, run_folder, run_program, save_grid, short_name,
+                    to_uint8, write_atomically)  # fmt: skip
+from spectral_losses import (BINS, DSM_KEEP_ALL, DSM_LEVELS, block_that_fits, downscale, esm_loss, kl_loss, log_shares,
+                             low_pass, power_law_exponent, resize_to_latent, scale_and_rotate, spectral_kl,
+                             vf_loss)  # fmt: skip
+from train_diffusion import (DISK_SHARE, DataOrder, Latents, Log, Processes, add_training_flags, autocast, benchmark,
+                             check_ranges, count_flops, learning_rate, make_optimizer, make_scaler, matmul_rate,
+                             open_store, plain_arguments, recipe_defaults, set_up, take_step, update_ema,
+                             workers)  # fmt: skip
+from vae import PRESETS, VAE, PatchGAN, adaptive_weight, hinge_loss, load_lpips, sample_posterior
+
+# ---- method -----------------------------------------------------------------------------------------------
+
+REGULARIZERS = ("kl", "esm", "dsm", "eq", "se", "vf", "none")
+EQ_TRANSFORMED, EQ_SMALL = 0.5, 0.125  # shares of EQ-VAE's steps; the rest are plain [code]
+LEAST_SIDE = 16  # pixels, of what eq and se show the losses: LPIPS halves an image four times
+
+
+def parse_regularizer(text):
+    """'esm+dsm' -> {"esm", "dsm"}. Raises InputError."""
+    names = text.split("+")
+    unknown = [name for name in names if name not in REGULARIZERS]
+    if unknown or len(set(names)) < len(names) or ("none" in names and len(names) > 1):
+        raise InputError(f"--regularizer {text}: takes {', '.join(REGULARIZERS)}, or a sum of them such as esm+dsm")
+    if "eq" in names and {"dsm", "se"} & set(names):
+        raise InputError(f"--regularizer {text}: eq changes what the decoder sees, as dsm and se do; choose one")
+    return set(names) - {"none"}
+
+
+def least_latent(latent, factor):
+    """The smallest side EQ-VAE scales a latent to: a quarter, unless the losses cannot see so small an image."""
+    return max(latent // 4, math.ceil(LEAST_SIDE / factor))
+
+
+def draw_views(names, weight_se, seed, step, latent, factor):
+    """What the decoder is shown in a step, and what it has to make of it, the same in all processes.
+
+    -> (side of the input in pixels, [(change of latents, change of images, weight), ...]); latent: its side.
+    """
+
+    def draw(n):  # 0..n-1
+        return int(torch.randint(n, (), generator=g))
+
+    g = generator(seed, step, 3)
+    same, side = (lambda x: x), latent * factor
+    views = [(same, same, 1.0)]
+    if "dsm" in names:  # section 3.3: the low-passed latent decodes to the low-passed image
+        k = (DSM_KEEP_ALL, *DSM_LEVELS)[draw(1 + len(DSM_LEVELS))]
+        mask = partial(low_pass, k=k, block=block_that_fits(latent, latent))
+        views = [(mask, mask, 1.0)] if k else views
+    if "eq" in names:  # the scaled and turned latent decodes to the image scaled and turned alike
+        which, least = torch.rand((), generator=g).item(), least_latent(latent, factor)
+        small, turn = least + draw(latent - least), partial(scale_and_rotate, quarter_turns=1 + draw(3))
+        if which < EQ_TRANSFORMED:
+            to_latent, to_image = (partial(turn, size=(n, n)) for n in (small, small * factor))
+            views = [(to_latent, to_image, 1.0)]
+        elif which < EQ_TRANSFORMED + EQ_SMALL:
+            side = small * factor
+    if "se" in names:  # the halved or quartered latent decodes to the image halved or quartered
+        scales = [s for s in (2, 4) if latent % s == 0 and side // s >= LEAST_SIDE]
+        change = partial(downscale, factor=scales[draw(len(scales))])
+        views.append((change, change, weight_se))
+    return side, views
+
+
+def regularizers(args, terms, images, mean, logvar, latents):
+    """The terms of the loss on latents themselves -> {name: (weight, value)}; vf, of adaptive weight, is apart."""
+    values = {}
+    if "kl" in terms:
+        values["kl"] = args.kl_weight, kl_loss(mean, logvar)
+    if "esm" in terms:
+        values["esm"] = args.esm_weight, esm_loss(images, latents, args.esm_delta, blur=args.esm_blur)
+    return values
+
+
+class OnePass(nn.Module):
+    """Encode, sample, decode every view: one forward call, as DistributedDataParallel wants it."""
+
+    def __init__(self, vae, feature_width=None):
+        super().__init__()
+        self.vae = vae
+        if feature_width:  # onto the features of vf's encoder
+            self.project = nn.Conv2d(vae.latent_channels, feature_width, 1, bias=False)
+
+    def forward(self, x, noise, changes):
+        """x (N, 3, H, W), noise (N, C, h, w) -> mean, logvar, latents (N, C, h, w), [images], projected latents."""
+        mean, logvar = self.vae.encode(x)
+        latents = sample_posterior(mean.float(), logvar.float(), noise)
+        made = [self.vae.decode(change(latents)).float() for change in changes]
+        return mean, logvar, latents, made, self.project(latents) if hasattr(self, "project") else None
+
+
+def resized(images, side):
+    return F.interpolate(images, (side, side), mode="bilinear", antialias=True) if images.shape[-1] != side else images
+
+
+def autoencoder_loss(args, parts, images, noise, views, log, gan=False):
+    """All terms of one part of a batch -> scalar. `parts`: the networks, see `main`. With `gan` the discriminator's."""
+    mean, logvar, latents, made, projected = parts.wrapped(images, noise, [change for change, _, _ in views])
+    wanted = [change(images) for _, change, _ in views]
+    reconstruction = 0
+    for name, output, image, (_, _, weight) in zip(("reconstruction", "se"), made, wanted, views):
+        error = F.mse_loss(output, image) if args.reconstruction == "l2" else F.l1_loss(output, image)
+        log.add(name, error)
+        if parts.lpips:
+            perceptual = parts.lpips(image, output).mean()
+            log.add("lpips" if name == "reconstruction" else "se_lpips", perceptual)
+            error = error + args.lpips_weight * perceptual
+        reconstruction = reconstruction + weight * error
+    total = reconstruction
+    for name, (weight, value) in regularizers(args, parts.terms, images, mean, logvar, latents).items():
+        log.add(name, value)
+        total = total + weight * value
+    if "vf" in parts.terms:
+        with torch.no_grad():
+            tokens = parts.encoder(images)[0].float()  # (N, T, D)
+        grid = math.isqrt(tokens.shape[1])
+        vf = vf_loss(projected, tokens.mT.unflatten(2, (grid, grid)))
+        balance = adaptive_weight(reconstruction, vf, parts.vae.encoder.conv_out.weight, parts.average)
+        log.add("vf", vf)
+        log.add("vf_balance", balance)
+        total = total + args.vf_weight * balance * vf
+    if gan:
+        fooled = -parts.discriminator(made[0]).mean()
+        balance = adaptive_weight(reconstruction, fooled, parts.vae.decoder.conv_out.weight, parts.average)
+        log.add("gan", fooled)
+        log.add("gan_balance", balance)
+        total = total + args.gan_weight * balance * fooled
+    log.add("loss", total)
+    return total
+
+
+def discriminator_loss(parts, images, noise, views, log):
+    """Hinge loss of real against reconstructed images, both as the first view shows them -> scalar."""
+    with torch.no_grad():
+        _, _, _, made, _ = parts.one_pass(images, noise, [views[0][0]])
+    logits = parts.wrapped_discriminator(torch.cat((views[0][1](images), made[0])))
+    real, fake = logits.chunk(2)
+    log.add("logits_real", real.mean())
+    log.add("logits_fake", fake.mean())
+    loss = hinge_loss(real, fake)
+    log.add("discriminator", loss)
+    return loss
+
+
+# ---- measuring --------------------------------------------------------------------------------------------
+
+EVAL_IMAGES = 1000  # looked at by an evaluation during training
+SCALE_IMAGES, SCALE_LIMIT = 256, 50_000  # whose latents give the scale of a checkpoint, and of a latent cache
+MATCHED = 0.05  # difference from the target in the upper half of the bands within which a latent counts as matched
+SSIM_WINDOW = 11
+
+
+def psnr(x, y):
+    """dB at a peak of 255, of images (N, 3, H, W) on 0..255 -> (N,)"""
+    return 10 * torch.log10(255**2 / (x.float() - y.float()).square().flatten(1).mean(1).clamp_min(1e-10))
+
+
+def ssim(x, y, window=SSIM_WINDOW, sigma=1.5):
+    """Structural similarity (Wang et al., 2004) of images (N, C, H, W) on 0..255 -> (N,), windows within the image."""
+    x, y = x.double(), y.double()  # variances are differences of large numbers
+    g = torch.exp(-(torch.arange(window, device=x.device) - window // 2).double().square() / (2 * sigma**2))
+    g = (g / g.sum()).expand(x.shape[1], 1, 1, window)
+
+    def mean(v):
+        return F.conv2d(F.conv2d(v, g, groups=v.shape[1]), g.mT, groups=v.shape[1])
+
+    mx, my, c1, c2 = mean(x), mean(y), (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    vx, vy, cov = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
+    score = (2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
+    return score.flatten(1).mean(1)
+
+
+class LatentStatistics:
+    """Mean and standard deviation of sampled latents, exactly, from a stream of posteriors."""
+
+    def __init__(self):
+        self.total = self.squares = self.count = 0
+
+    def add(self, mean, logvar):
+        """mean, logvar (N, C, h, w)"""
+        mean, logvar = mean.double(), logvar.double()
+        self.total = self.total + mean.sum((0, 2, 3)).cpu()
+        self.squares = self.squares + (mean.square() + logvar.exp()).sum().cpu()
+        self.count += mean[:, 0].numel()
+
+    def result(self):
+        """-> {"mean" per channel, "std" over all, "scale" = 1 / std}"""
+        mean = self.total / self.count
+        std = (self.squares / (self.count * len(mean)) - mean.mean() ** 2).sqrt().item()
+        return {"mean": mean.tolist(), "std": std, "scale": 1 / std}
+
+
+def some_images(images, count, batch, workers, bar="evaluate"):
+    """Batches of `count` images spread over a data set, (n, 3, S, S) uint8; unreadable ones are left out."""
+    chosen = np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int)).tolist()
+    with progress(total=len(chosen), unit="img", desc=bar, leave=False) as shown:
+        for _, pixels, good in DataLoader(Subset(images, chosen), batch, num_workers=workers if count > 512 else 0):
+            yield pixels[good]
+            shown.update(len(good))
+
+
+@torch.no_grad()
+def measure(vae, batches, device, seed=0, lpips=None, features=None, shown=8):
+    """Everything that is reported of an autoencoder -> (dict of plain values, rows of pictures).
+
+    Reconstructions are of the posterior's mean, spectra of its samples (as the losses see them). Shares of log power
+    per band as in ESM; `upper_share` is the latent's share in the upper half of the bands less the target's.
+    """
+    values, noise, latents, rows = {}, generator(seed, 4), LatentStatistics(), []
+    kept = {"original": [], "reconstruction": []}
+
+    def add(name, value):  # (n, ...)
+        values.setdefault(name, []).append(value.double().cpu())
+
+    for pixels in batches:
+        pixels = pixels.to(device)
+        x = pixels / 127.5 - 1
+        mean, logvar = vae.encode(x)
+        latents.add(mean, logvar)
+        made = vae.decode(mean).clamp(-1, 1)
+        add("psnr", psnr(pixels, to_uint8(made)))
+        add("ssim", ssim(pixels, to_uint8(made)))
+        if lpips:
+            add("lpips", lpips(x, made))
+        if features:
+            kept["original"].append(features(pixels).float().cpu())
+            kept["reconstruction"].append(features(to_uint8(made)).float().cpu())
+        z = sample_posterior(mean, logvar, torch.randn(mean.shape, generator=noise).to(device))
+        small = resize_to_latent(x, z.shape[-2:], blurs(z.shape[-1]))
+        for name, field in (("image", small), ("latent", z)):
+            add(f"{name}_shares", log_shares(field))
+            add(f"{name}_alpha", power_law_exponent(field).expand(len(x)))
+        add("target_shares", log_shares(small, delta=1.0))
+        add("target_alpha", power_law_exponent(small, delta=1.0).expand(len(x)))
+        add("kl_to_target", spectral_kl(values["target_shares"][-1], values["latent_shares"][-1]))
+        pictures = [x[:shown], made[:shown]]
+        block = block_that_fits(*z.shape[-2:])
+        for k in DSM_LEVELS if block else ():
+            wanted, got = low_pass(x, k, block).clamp(-1, 1), vae.decode(low_pass(mean, k, block)).clamp(-1, 1)
+            add(f"lowpass_psnr_{k}", psnr(to_uint8(wanted), to_uint8(got)))
+            pictures += [wanted[:shown], got[:shown]]
+        if not rows:
+            rows = [picture.cpu() for picture in pictures]
+    result = {name: torch.cat(value).mean(0).tolist() for name, value in values.items()}
+    half = BINS // 2
+    result["upper_share"] = sum(result["latent_shares"][half:]) - sum(result["target_shares"][half:])
+    if features:
+        result["rfid"] = frechet_distance(*(torch.cat(part) for part in kept.values()))
+    result |= {f"latent_{key}": value for key, value in latents.result().items()}
+    return result | {"images": len(torch.cat(values["psnr"])), "latent_side": z.shape[-1], "size": x.shape[-1]}, rows
+
+
+def verdict(result):
+    gap = result["upper_share"]
+    word = "matched" if abs(gap) <= MATCHED else "too noisy" if gap > 0 else "too smooth"
+    return f"{word} ({gap:+.3f} of log power in the upper half of the bands, against the target)"
+
+
+def report(name, result, say):
+    """Print a result of `measure`."""
+    extra = [f"{title} {result[key]:.4f}" for title, key in (("rFID", "rfid"), ("LPIPS", "lpips")) if key in result]
+    say(f"{result['images']} images: " + ", ".join([f"PSNR {result['psnr']:.2f} dB", f"SSIM {result['ssim']:.4f}", *extra]))
+    means = " ".join(f"{mean:.3f}" for mean in result["latent_mean"][:8])
+    say(f"latents: mean by channel {means}, std {result['latent_std']:.4f}, scale {result['latent_scale']:.4f}")
+    spectrum_table({name: result}, say)
+    say(f"latents {verdict(result)}")
+
+
+def save_pictures(rows, stem):
+    """STEM.png: originals above reconstructions; STEM-lowpass.png: low-passed images above what the low-passed
+    latents decode to, for each k."""
+    files = [save_grid(torch.cat(rows[:2]), f"{stem}.png", len(rows[0]))]
+    if rows[2:]:
+        files.append(save_grid(torch.cat(rows[2:]), f"{stem}-lowpass.png", len(rows[0])))
+    return files
+
+
+def optional(load, flag, what, say):
+    """load(), or None, in one line, where weights are missing."""
+    try:
+        return load()
+    except (InputError, ValueError) as error:
+        say(f"{what} is off: {' '.join(str(error).split())[:300]}; {flag} turns it on")
+
+
+def open_measures(args, processes):
+    """-> (lpips or None, features or None; features on process 0 alone), called by all processes. Raises InputError for a
+    file that was named and is bad; what is merely absent is off, with a line that says so.
+    """
+    say, named = processes.print, args.lpips_vgg or args.lpips_heads
+    lpips = features = None
+    flag = "--lpips-weight 0.5, with --lpips-vgg FILE --lpips-heads FILE where nothing can be downloaded,"
+    if args.lpips_weight:
+
+        def load():
+            return load_lpips(args.lpips_vgg, args.lpips_heads).to(processes.device)
+
+        try:
+            lpips = processes.local_first(load if named else partial(optional, load, flag, "LPIPS", say))
+        except ValueError as error:
+            raise InputError(f"--lpips-vgg, --lpips-heads: {error}") from error
+        if processes.sum(torch.tensor(float(lpips is None), device=processes.device)):
+            lpips = None  # off in all, where it is in one
+    else:
+        say(f"LPIPS is off; {flag} turns it on")
+    flag = "--features inception --features-weights FILE, or --features REPO:ENTRY,"
+    if args.features == "none":
+        say(f"rFID is off; {flag} turns it on")
+    elif processes.main:
+        load = partial(load_features, args, processes.device)
+        must = args.features_weights or args.features != "inception"
+        features = load() if must else optional(load, flag, "rFID", say)
+    return lpips, features
+
+
+def save_score(folder, result, args, images, info):
+    """rFID with its protocol, as sample.py writes its scores."""
+    record_score(folder, {"frechet_distance": result["rfid"], "kind": "reconstruction", "features": args.features,
+                          "features_weights": args.features_weights, "images": result["images"],
+                          "reference": images.spec, "reference_images": result["images"], "format": "uint8",
+                          "crop": crop_text(images.size), **info})  # fmt: skip
+
+
+# ---- settings ---------------------------------------------------------------------------------------------
+
+# What a flag is when it is not given: the CPU preset's recipe [ours], and the published one (arXiv 2603.14645; batch
+# and steps are ours, the start of the GAN is latent diffusion's).
+TINY = dict(size=64, steps=600, batch=16, lr=1e-3, lr_decay="linear", warmup=50, betas=[0.9, 0.99], weight_decay=0.005,
+            ema=0.0, lpips_weight=0.0, gan_weight=0.0, features="none")  # fmt: skip
+PUBLISHED = dict(size=256, steps=100_000, batch=32, lr=5e-5, lr_decay="none", warmup=2000, betas=[0.9, 0.999],
+                 weight_decay=0.005, ema=0.0, lpips_weight=0.5, gan_weight=0.5, features="inception")  # fmt: skip
+
+
+def fill(args, preset):
+    """Flags that were not given take the preset's recipe."""
+    for name, value in (TINY if preset == "tiny" else PUBLISHED).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+def complete(args):
+    """Fill in what the command left open, from the preset. Raises InputError."""
+    args.data = args.data or "dead-leaves"
+    if args.ckpt:
+        raise InputError(f"--ckpt {args.ckpt}: is for --eval-only and --encode; a run in --out resumes by itself")
+    fill(args, args.preset)
+    weights = ("kl_weight", "esm_weight", "se_weight", "vf_weight", "lpips_weight", "gan_weight", "gan_start")
+    check_ranges(args, **dict.fromkeys(weights, 0))
+    terms, factor = parse_regularizer(args.regularizer), 2 ** (len(PRESETS[args.preset]["widths"]) - 1)
+    if args.size % factor:
+        raise InputError(f"--size {args.size}: --preset {args.preset} takes multiples of {factor}")
+    latent = args.size // factor
+    if args.esm_blur is None:
+        args.esm_blur = blurs(latent)
+    if "dsm" in terms and not block_that_fits(latent, latent):
+        raise InputError(f"--regularizer {args.regularizer} at --size {args.size}: a latent of {latent}x{latent} is too "
+                         "small for the blocks of DSM, 8, 4 or 2; --size 64 does")  # fmt: skip
+    if args.size < SSIM_WINDOW:
+        raise InputError(f"--size {args.size}: must be at least {SSIM_WINDOW}, the window of SSIM")
+    if "eq" in terms and latent <= least_latent(latent, factor):
+        raise InputError(f"--regularizer eq at --size {args.size}: nothing smaller to scale to; --size 64 does")
+    if "se" in terms and (latent % 2 or args.size < 2 * LEAST_SIDE):
+        raise InputError(f"--regularizer se at --size {args.size}: a latent of {latent} cannot be halved; --size 64 does")
+    if "vf" in terms and not args.encoder:
+        raise InputError("--regularizer vf: needs --encoder REPO:ENTRY, such as facebookresearch/dinov2:dinov2_vitb14")
+    smallest = args.size // 4 if "eq" in terms else args.size
+    if args.gan_weight and smallest < PatchGAN().least_size:
+        raise InputError(f"--gan-weight {args.gan_weight:g}: the discriminator would see {smallest} pixels and needs "
+                         f"{PatchGAN().least_size}; a larger --size, or --gan-weight 0")  # fmt: skip
+    if args.out is None:
+        args.out = f"runs/{short_name(args.data)}-{args.size}-{args.preset}-{args.regularizer}"
+
+
+def blurs(latent):
+    return latent != 32  # where the authors blur the image before they resize it to the latent [code]
+
+
+# ---- training ---------------------------------------------------------------------------------------------
+
+
+def make_parts(args, processes, config):
+    """The networks of a run, by name: vae, one_pass, discriminator, encoder (of vf), and what `main` wraps of them."""
+    torch.manual_seed(args.seed)  # the same weights in every process
+    device, encoder, terms = processes.device, None, parse_regularizer(args.regularizer)
+    shape = {name: config[name] for name in ("widths", "latent_channels", "num_res_blocks")}
+    vae, width = VAE(**shape).to(device, memory_format=layout(device)), None
+    if "vf" in terms:
+        try:
+            encoder = processes.local_first(lambda: load_encoder(args.encoder, device))
+            tokens = encoder(torch.zeros(1, 3, args.size, args.size, device=device))[0]
+        except ValueError as error:
+            raise InputError(f"--encoder {args.encoder}: {error}") from error
+        if math.isqrt(tokens.shape[1]) ** 2 != tokens.shape[1]:
+            raise InputError(f"--encoder {args.encoder}: {tokens.shape[1]} tokens are no square grid")
+        width = tokens.shape[2]
+    one_pass = OnePass(vae, width).to(device)
+    discriminator = PatchGAN().to(device, memory_format=layout(device)) if args.gan_weight else None
+    return SimpleNamespace(terms=terms, vae=vae, one_pass=one_pass, discriminator=discriminator, encoder=encoder,
+                           average=lambda gradient: processes.sum(gradient) / processes.world)  # fmt: skip
+
+
+def layout(device):
+    """The memory format of convolutions: on a CPU, channels_last took 1.3 times as long."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
+def wrap(parts, args, processes):
+    parts.wrapped = processes.wrap(torch.compile(parts.one_pass) if args.compile else parts.one_pass)
+    parts.wrapped_discriminator = processes.wrap(parts.discriminator) if parts.discriminator else None
+
+
+def train_step(args, parts, processes, images, step, share, micro, context, scaler, log):
+    """Forward and backward of this process's share of a step. images (n, 3, S, S) in [-1, 1] -> whether it was the
+    discriminator's: from the start of the GAN on, steps alternate [code].
+    """
+    latent = args.size // parts.vae.factor
+    side, views = draw_views(parts.terms, args.se_weight, args.seed, step, latent, parts.vae.factor)
+    gan = bool(args.gan_weight) and step >= args.gan_start
+    critic = gan and (step - args.gan_start) % 2 == 1
+    small = side // parts.vae.factor
+    g = generator(args.seed, step, 1, device=images.device)
+    noise = torch.randn(args.batch, parts.vae.latent_channels, small, small, generator=g, device=images.device)[share]
+    if parts.discriminator:
+        parts.discriminator.requires_grad_(critic)
+    for start in range(0, len(images), micro):
+        part = slice(start, start + micro)
+        x = resized(images[part], side)
+        with processes.no_sync(parts.wrapped_discriminator if critic else parts.wrapped, start + micro >= len(images)):
+            with context():
+                if critic:
+                    loss = discriminator_loss(parts, x, noise[part], views, log)
+                else:
+                    loss = autoencoder_loss(args, parts, x, noise[part], views, log, gan)
+            scaler.scale(loss / args.grad_accum).backward()
+    return critic
+
+
+def benchmark_vae(args, images, parts, processes, amp):
+    """`--benchmark N` of this program: the autoencoder's steps; with --gan-start 0 the GAN's part in them is in."""
+    device, (context, dtype) = processes.device, amp
+    wrap(parts, args, processes)
+    n, optimizer = args.batch // processes.world, make_optimizer(parts.one_pass, args)
+    scaler, quiet = make_scaler(device, dtype), SimpleNamespace(add=lambda name, value: None)
+
+    def step(i, pixels, mark):
+        x = (pixels.to(device) / 127.5 - 1).contiguous(memory_format=layout(device))
+        mark("data")
+        train_step(args, parts, processes, x, 2 * i, slice(0, n), n // args.grad_accum, context, scaler, quiet)
+        mark("forward and backward")
+        torch.nn.utils.clip_grad_norm_(parts.one_pass.parameters(), args.clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        mark("optimizer")
+
+    names = ("data", "forward and backward", "optimizer")
+    benchmark(args, images, processes, lambda x: x, names, step, lambda: vae_flops(parts, args.size, device), dtype)
+
+
+def vae_flops(parts, size, device):
+    """Forward and backward FLOPs of one image through the autoencoder, its losses' networks left out."""
+    x, side = torch.zeros(1, 3, size, size, device=device), size // parts.vae.factor
+    noise = torch.zeros(1, parts.vae.latent_channels, side, side, device=device)
+    flops = count_flops(lambda: parts.one_pass(x, noise, [lambda z: z])[3][0].sum())
+    parts.one_pass.zero_grad(set_to_none=True)
+    return flops
+
+
+def main(args):
+    check_ranges(args, eval_images=1)
+    if args.spectrum:
+        return compare_spectra(args)
+    if args.encode:
+        return encode_data(args)
+    if args.eval_only:
+        return evaluate_only(args)
+
+    # ---- set-up
+    complete(args)
+    processes, images, checkpoint, share, micro = set_up(args, "autoencoder")
+    device, folder, say = processes.device, Path(args.out), processes.print
+    if checkpoint and checkpoint["step"] >= args.steps:
+        return finished(args, say, checkpoint["step"], again=True)
+    if args.gan_weight and args.gan_start >= args.steps:
+        say(f"warning: --gan-start {args.gan_start} is not before the end, --steps {args.steps}: the GAN never acts")
+    validation = processes.local_first(lambda: Images(args.val, args.size)) if args.val else images
+
+    # ---- data
+    store = open_store(args, images, processes, checkpoint)
+
+    # ---- model
+    config = {"preset": args.preset, "size": args.size, "regularizer": args.regularizer, "num_res_blocks": 2}
+    config |= PRESETS[args.preset]
+    config["widths"] = list(config["widths"])
+    parts = make_parts(args, processes, config)
+    vae, discriminator = parts.vae, parts.discriminator
+    parts.lpips, features = open_measures(args, processes)
+    had_lpips = checkpoint["lpips"] if checkpoint else bool(parts.lpips)
+    if had_lpips != bool(parts.lpips):
+        raise InputError(f"{folder} was begun {'with' if had_lpips else 'without'} LPIPS; --lpips-weight 0 is without, "
+                         "--lpips-vgg FILE --lpips-heads FILE with it")  # fmt: skip
+    amp, dtype = autocast(args, device)
+    if args.benchmark:
+        return benchmark_vae(args, images, parts, processes, (amp, dtype))
+    optimizer, critic_optimizer = make_optimizer(parts.one_pass, args), None
+    if discriminator:
+        critic_optimizer = make_optimizer(discriminator, args)
+    ema = copy.deepcopy(vae).requires_grad_(False) if args.ema else None
+    scaler = make_scaler(device, dtype)
+
+    # ---- resume
+    step = 0
+    if checkpoint:
+        load_weights(vae, checkpoint["model"], folder)
+        if ema:
+            load_weights(ema, checkpoint["ema"], folder)
+        if "vf" in parts.terms:
+            load_weights(parts.one_pass.project, checkpoint["projector"], folder)
+        if discriminator:
+            load_weights(discriminator, checkpoint["discriminator"], folder)
+            critic_optimizer.load_state_dict(checkpoint["critic_optimizer"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        step = checkpoint["step"]
+    order = DataOrder(store.count, args.batch, args.seed)
+    epochs, millions = args.steps * args.batch / store.count, sum(p.numel() for p in vae.parameters()) / 1e6
+    side = args.size // vae.factor
+    say(f"data     {store.how}")
+    say(f"model    {args.preset}, {millions:.2f}M parameters, latents {vae.latent_channels} x {side} x {side}")
+    say(f"losses   {describe(args, parts, side)}")
+    say(f"training {args.steps} steps of {args.batch} = {epochs:.1f} epochs, on {processes.world} x {device.type}")
+    say(f"         into {folder}" + (f", resumed at step {step}" if checkpoint else ""))
+
+    def save():
+        if processes.main:
+            chosen, latent = torch.linspace(0, store.count - 1, min(store.count, SCALE_IMAGES)).long(), LatentStatistics()
+            with torch.no_grad():
+                for part in chosen.split(micro):
+                    latent.add(*(ema or vae).encode(store[part].to(device) / 127.5 - 1))
+            state = {
+                "model": vae.state_dict(), "ema": ema.state_dict() if ema else None, "step": step, "config": config,
+                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "latent": latent.result(), "val": args.val,
+                "projector": parts.one_pass.project.state_dict() if "vf" in parts.terms else None,
+                "discriminator": discriminator.state_dict() if discriminator else None,
+                "critic_optimizer": critic_optimizer.state_dict() if discriminator else None,
+                # the data order and every random draw of the steps to come follow from these
+                "random": {"seed": args.seed, "next_step": step}, "images_seen": step * args.batch,
+                "data_count": store.count, "lpips": bool(parts.lpips), "args": plain_arguments(args),
+            }  # fmt: skip
+            write_atomically(folder / "checkpoint.pt", lambda f: torch.save(state, f))
+
+    # ---- loop
+    flops, peak = 0, 1
+    if device.type == "cuda":
+        flops, peak = vae_flops(parts, args.size, device), matmul_rate(device, dtype) * processes.world
+    wrap(parts, args, processes)
+    log = Log(args, processes, store.count, step, flops, peak)
+    for _, pixels in store.batches(order, range(step, args.steps), share):
+        flip = (torch.rand(args.batch, generator=generator(args.seed, step, 2)) < 0.5)[share].to(device) & args.flip
+        x = pixels.to(device, non_blocking=True) / 127.5 - 1  # (N, 3, S, S)
+        x = torch.where(like(flip, x), x.flip(-1), x).contiguous(memory_format=layout(device))
+        critic = train_step(args, parts, processes, x, step, share, micro, amp, scaler, log)
+        trained = critic_optimizer if critic else optimizer
+        for group in trained.param_groups:
+            group["lr"] = learning_rate(step, args)
+        take_step(trained, scaler, log, args, dtype)
+        if ema and not critic:
+            update_ema(ema, vae, step, args.ema)
+        step += 1
+        # log
+        log.end_step(step, trained.param_groups[0]["lr"])
+        # save
+        if step % args.save_every == 0 or step == args.steps:
+            save()
+            log.restart_clock(step)
+        # evaluate
+        if step % args.eval_every == 0 or step == args.steps:
+            if processes.main:
+                batches = some_images(validation, args.eval_images or EVAL_IMAGES, micro, 2)
+                result, rows = measure(ema or vae, batches, device, args.seed, parts.lpips, features)
+                save_pictures(rows, folder / "samples" / f"step{step:07d}")
+                log.write(step=step, evaluation=result)
+                if step == args.steps:
+                    log.bar.close()
+                    report(args.regularizer, result, say)
+                if step == args.steps and "rfid" in result:
+                    info = {"step": step, "weights": fingerprint((ema or vae).state_dict())}
+                    save_score(folder, result, args, validation, info)
+            log.restart_clock(step)
+    finished(args, say, step)
+
+
+def describe(args, parts, side):
+    words = [args.reconstruction.upper()]
+    words += [f"{args.lpips_weight:g} LPIPS"] * bool(parts.lpips)
+    words += [f"{args.gan_weight:g} adaptive GAN from step {args.gan_start}"] * bool(args.gan_weight)
+    known = {
+        "kl": f"{args.kl_weight:g} KL",
+        "esm": f"{args.esm_weight:g} ESM (delta {args.esm_delta:g}, {'' if args.esm_blur else 'not '}blurred)",
+        "dsm": f"DSM in blocks of {block_that_fits(side, side)}",
+        "eq": "EQ-VAE",
+        "se": f"{args.se_weight:g} scale equivariance",
+        "vf": f"{args.vf_weight:g} adaptive VF ({args.encoder})",
+    }
+    return " + ".join(words + [known[name] for name in sorted(parts.terms)])
+
+
+def finished(args, say, step, again=False):
+    say(f"{args.out}: {'this run is finished' if again else 'done'} at step {step} of {args.steps}.")
+    say(f"  look      {args.out}/samples/")
+    say(f"  spectrum  python train_vae.py --spectrum {args.out} --data {args.val or args.data}")
+    say(f"  encode    python train_vae.py --encode {args.data} --ckpt {args.out}")
+    if again:
+        say(f"  go on     the same command with --steps {2 * step}")
+
+
+# ---- using a trained autoencoder --------------------------------------------------------------------------
+
+
+def open_trained(args, path, device, flag):
+    """-> (vae, its info, the size of its images). Raises InputError; `flag` names where the path came from."""
+    if not path:
+        raise InputError(f"{flag}: name the autoencoder with --ckpt RUN_OR_FILE")
+    vae, info = load_autoencoder(path, device)
+    size = args.size or info["config"].get("size") or 256
+    if size % vae.factor:
+        raise InputError(f"--size {size}: the autoencoder {path} takes multiples of {vae.factor}")
+    return vae.to(memory_format=layout(device)), info, size
+
+
+def data_of(args, info):
+    """--val or --data, or else what the autoencoder was validated or trained on."""
+    spec = args.val or args.data or info["val"] or (info["args"] or {}).get("data")
+    if not spec:
+        raise InputError("--data: name the images to look at; this checkpoint does not say what it was trained on")
+    return spec
+
+
+def evaluate_only(args):
+    """`--eval-only`: a report and pictures of one autoencoder, into --out or its run folder."""
+    processes = Processes(args.device)
+    device, say = processes.device, processes.print
+    vae, info, size = open_trained(args, args.ckpt, device, "--eval-only")
+    if args.lpips_weight is None and (args.lpips_vgg or args.lpips_heads):
+        args.lpips_weight = 1.0  # any weight measures
+    fill(args, info["config"].get("preset"))
+    images = Images(data_of(args, info), size)
+    lpips, features = open_measures(args, processes)
+    if not processes.main:
+        return
+    batches = some_images(images, args.eval_images or len(images), args.batch, workers(args, processes))
+    result, rows = measure(vae, batches, device, args.seed, lpips, features)
+    folder = Path(args.out or run_folder(args.ckpt))
+    report(run_folder(args.ckpt).resolve().name, result, say)
+    stem = folder / "samples" / f"eval-step{info['step']:07d}-{short_name(images.spec)}-{size}"
+    files = save_pictures(rows, stem)
+    write_atomically(f"{stem}.json", lambda f: f.write(json.dumps(result, indent=1).encode()))
+    say(f"pictures {' '.join(map(str, files))}, numbers {stem}.json")
+    if "rfid" in result:
+        save_score(folder, result, args, images, {"step": info["step"], "weights": info["weights"]})
+
+
+def compare_spectra(args):
+    """`--spectrum CKPT ...`: any number of autoencoders side by side, as a table, a figure and spectrum.json."""
+    processes = Processes(args.device)
+    if not processes.main:
+        return
+    device, say, folder, results = processes.device, processes.print, Path(args.out or "runs/spectrum"), {}
+    for path in args.spectrum:
+        vae, info, size = open_trained(args, path, device, "--spectrum")
+        args.data = data_of(args, info)  # the first one's, for all
+        images = Images(args.data, size)
+        name = run_folder(path).resolve().name
+        name += f" {sum(other.split()[0] == name for other in results) + 1}" * (name in results)
+        batches = some_images(images, args.eval_images or len(images), args.batch or 32, workers(args, processes), name)
+        results[name], _ = measure(vae, batches, device, args.seed)
+    for name, result in results.items():
+        say(f"{name}: latents {verdict(result)}")
+    for alike in grouped(results):
+        spectrum_table(alike, say)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "spectrum.json", lambda f: f.write(json.dumps(results, indent=1).encode()))
+    say(f"numbers {folder}/spectrum.json, from {args.data}")
+    try:
+        draw_spectra(results, folder / "spectrum.png")
+        say(f"figure  {folder}/spectrum.png")
+    except ImportError:
+        say("no figure: it takes matplotlib (pip install matplotlib)")
+
+
+def grouped(results):
+    """Results of autoencoders with the same target: one size of images, one of latents."""
+    kinds = sorted({(result["size"], result["latent_side"]) for result in results.values()})
+    return [{n: r for n, r in results.items() if (r["size"], r["latent_side"]) == kind} for kind in kinds]
+
+
+def spectrum_table(results, say):
+    """Print results with one target: shares of log power by band, and sums."""
+    names, first = list(results), next(iter(results.values()))
+    width, side = max(8, *(len(name) + 2 for name in names)), first["latent_side"]
+    say(f"share of log power per band of {side} x {side} latents, low to high; target = image x f")
+    say("band          image  target" + "".join(name.rjust(width) for name in names))
+    for band in range(BINS):
+        row = [f"{result['latent_shares'][band]:.4f}".rjust(width) for result in results.values()]
+        say(f"{band + 1:<13}{first['image_shares'][band]:.4f}  {first['target_shares'][band]:.4f}" + "".join(row))
+    lines = [("KL to target", "kl_to_target", ".4f"), ("upper half", "upper_share", "+.3f"), ("alpha", "latent_alpha", ".2f"),
+             ("std", "latent_std", ".3f"), ("PSNR, dB", "psnr", ".2f"), ("SSIM", "ssim", ".4f")]  # fmt: skip
+    lines += [(f"low-pass {k}", f"lowpass_psnr_{k}", ".2f") for k in DSM_LEVELS if f"lowpass_psnr_{k}" in first]
+    for title, key, form in lines:
+        row = [format(result[key], form).rjust(width) for result in results.values()]
+        others = f"{first['image_alpha']:6.2f}{first['target_alpha']:8.2f}" if title == "alpha" else " " * 14
+        say(f"{title:<13}{others}" + "".join(row))
+
+
+def draw_spectra(results, file):
+    """Shares of power by band, on a logarithmic scale, in the manner of the paper's figure. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    bands = range(1, BINS + 1)
+    for alike in grouped(results):
+        first = next(iter(alike.values()))
+        at = f", {first['latent_side']} x {first['latent_side']}"
+        axes.plot(bands, first["image_shares"], "k:", label="image" + at)
+        axes.plot(bands, first["target_shares"], "k--", label="target: image x f" + at)
+    for name, result in results.items():
+        axes.plot(bands, result["latent_shares"], marker=".", label=f"{name}, KL {result['kl_to_target']:.4f}")
+    axes.set(xlabel="radial frequency band", ylabel="share of log power", yscale="log", xticks=list(bands))
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def encode_data(args):
+    """`--encode DATA --ckpt CKPT --out FILE`: the latent cache of stage 2 (see `Latents`). The same command goes on
+    where it was interrupted, with any number of processes; no collective waits on any of them.
+    """
+    processes = Processes(args.device)
+    device, say = processes.device, processes.print
+    vae, info, size = open_trained(args, args.ckpt, device, "--encode")
+    images = processes.local_first(lambda: Images(args.encode, size))
+    file = Path(args.out or run_folder(args.ckpt) / f"{short_name(args.encode)}-{size}.latents")
+    unfinished = Path(f"{file}.part")
+    shape = [len(images), 2, 2 * vae.latent_channels, size // vae.factor, size // vae.factor]
+    header = {"kind": "moments", "preset": info["config"].get("preset"), "shape": shape, "size": size,
+              "factor": vae.factor, "data": args.encode, "classes": images.classes, "autoencoder": info["weights"],
+              "scale": None}  # fmt: skip
+    if file.is_dir():
+        raise InputError(f"--out {file}: is a folder; name a file")
+    if processes.main and not file.exists() and not unfinished.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        need, free = Latents.layout(0, shape)[-1], shutil.disk_usage(file.parent).free
+        say(f"latents  {shape[0]} images and mirror images, {' x '.join(map(str, shape[2:]))} float16 each: "
+            f"{need / 2**20:,.1f} MiB into {file}")  # fmt: skip
+        if need > DISK_SHARE * free:
+            raise InputError(f"--out {file}: needs {need / 2**20:,.1f} MiB, its disk has {free / 2**20:,.1f} free")
+        Latents.create(f"{unfinished}.new", header, images.labels)
+        os.replace(f"{unfinished}.new", unfinished)
+    while not file.exists() and not unfinished.exists():  # process 0 makes it
+        time.sleep(0.1)
+    if file.exists():
+        if not Latents(file).same(header):
+            raise InputError(f"--out {file}: holds other latents; name another file")
+        return say(f"{file}: all {len(images)} images are encoded already")
+    latents = Latents(unfinished, "r+")
+    if not latents.same(header):
+        raise InputError(f"{unfinished}: an unfinished cache of other images or another autoencoder; remove it first")
+    amp, mine = autocast(args, device)[0], np.arange(processes.rank, len(images), processes.world)
+    mine = mine[latents.status[mine] == 0].tolist()
+    loader = DataLoader(Subset(images, mine), args.batch or 32, num_workers=workers(args, processes))
+    with torch.no_grad(), progress(total=len(images), initial=max(0, len(images) - processes.world * len(mine)),
+                                   unit="img", desc="encode", disable=not processes.main) as bar:  # fmt: skip
+        for where, pixels, good in loader:
+            x = (pixels[good].to(device) / 127.5 - 1).contiguous(memory_format=layout(device))
+            if len(x):
+                with amp():
+                    moments = [torch.cat(vae.encode(view), 1).float().cpu() for view in (x, x.flip(-1))]
+                latents.moments[where[good].numpy()] = torch.stack(moments, 1).half().numpy()
+                latents.moments.flush()  # before they are called encoded
+            latents.status[where.numpy()] = np.where(good.numpy(), 1, 2)
+            bar.update(min(len(where) * processes.world, len(images) - bar.n))
+    if not processes.main:
+        return
+    while (latents.status == 0).any():  # the other processes' share
+        time.sleep(0.2)
+    images.check_unreadable(int((latents.status == 2).sum()))
+    good, statistics = np.flatnonzero(latents.status == 1), LatentStatistics()
+    for part in np.array_split(good[:: math.ceil(len(good) / SCALE_LIMIT)], math.ceil(min(len(good), SCALE_LIMIT) / 256)):
+        statistics.add(*torch.from_numpy(latents.moments[part].astype(np.float32)).flatten(0, 1).chunk(2, 1))
+    latents.finish(scale=statistics.result()["scale"])
+    latents.status.flush()
+    os.replace(unfinished, file)
+    say(f"{file}: {len(good)} images, scale {latents.header['scale']:.4f}, autoencoder {info['weights']}")
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, both = parser.add_argument, recipe_defaults(TINY, PUBLISHED, "--preset tiny")
+    add("--data", metavar="SPEC",
+        help="folder, .zip, cifar10, dead-leaves or dead-leaves:full (default: dead-leaves; where a trained autoencoder "
+        "is looked at, its own)")  # fmt: skip
+    add("--val", metavar="SPEC", help="images that evaluations look at (default: those of --data)")
+    add("--size", type=int, metavar="PIXELS", help=f"images are cropped and resized to this {both('size')}")
+    add("--out", metavar="RUN", help="run folder (default: runs/DATA-SIZE-PRESET-REGULARIZER); the file of --encode "
+        "(default: in CKPT's folder); the folder of --spectrum (default: runs/spectrum)")  # fmt: skip
+    add("--preset", default="tiny", choices=PRESETS, help="f: pixels per latent pixel, d: channels (default: tiny)")
+    add("--regularizer", default="esm", metavar="NAME[+NAME]",
+        help="kl, esm, dsm, eq, se, vf, none or a sum such as esm+dsm; eq goes with neither dsm nor se (default: esm)")  # fmt: skip
+    add("--kl-weight", type=float, default=1e-6, metavar="W", help="of kl. The reconstruction is a mean over pixels, KL "
+        "a sum over latent dimensions: at 256 px 1e-6 is 196,608 times latent diffusion's 1e-6, whose reconstruction is "
+        "a sum (default: 1e-6)")  # fmt: skip
+    add("--esm-weight", type=float, default=0.01, metavar="W", help="of esm (default: 0.01)")
+    add("--esm-delta", type=float, default=1.0, metavar="D",
+        help="the target is the image's spectrum times f^D (default: 1)")  # fmt: skip
+    add("--esm-blur", action=argparse.BooleanOptionalAction,
+        help="blur images before they are resized to the latent (default: yes, except where it is 32 wide)")  # fmt: skip
+    add("--se-weight", type=float, default=0.25, metavar="W", help="of se (default: 0.25)")
+    add("--vf-weight", type=float, default=0.1, metavar="W", help="of vf, beside its adaptive weight (default: 0.1)")
+    add("--encoder", metavar="SPEC", help="torch.hub encoder of vf, REPO:ENTRY, REPO a local folder or on GitHub")
+    add("--reconstruction", default="l1", choices=("l1", "l2"), help="error of the pixels (default: l1)")
+    add("--lpips-weight", type=float, metavar="W", help=f"of LPIPS, 0 for none {both('lpips_weight')}")
+    add("--lpips-vgg", metavar="FILE", help="torchvision's VGG-16 weights (default: torch.hub's folder, downloaded)")
+    add("--lpips-heads", metavar="FILE", help="the weights of LPIPS's heads (default: torch.hub's folder, downloaded)")
+    add("--gan-weight", type=float, metavar="W",
+        help=f"of the GAN, beside its adaptive weight, 0 for none {both('gan_weight')}")  # fmt: skip
+    add("--gan-start", type=int, default=50_000, metavar="STEP", help="where the GAN starts (default: 50000)")
+    add("--features", metavar="SPEC", help=f"of rFID: inception, REPO:ENTRY or none {both('features')}")
+    add("--features-weights", metavar="FILE", help="local Inception weights (default: torch-fidelity downloads them)")
+    add("--eval-images", type=int, metavar="N",
+        help="images an evaluation looks at (default: 1000 while training, else all)")  # fmt: skip
+    add("--eval-only", action="store_true", help="report on --ckpt, train nothing")
+    add("--spectrum", nargs="+", metavar="CKPT", help="compare the spectra of these autoencoders, train nothing")
+    add("--encode", metavar="SPEC", help="encode these images with --ckpt into the latent cache --out, train nothing")
+    add("--ckpt", metavar="CKPT",
+        help="run folder or checkpoint of this program, or SD-VAE weights in their original layout")  # fmt: skip
+    add_training_flags(add, both)
+    return parser
+
+
+if __name__ == "__main__":
+    run_program(main, make_parser().parse_args())

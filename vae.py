@@ -1,0 +1,304 @@
+"""The SD-VAE autoencoder (latent diffusion, arXiv 2112.10752), its discriminator and its perceptual loss.
+
+Keys and outputs are those of the original release, so that published weights load with strict=True.
+
+    vae = VAE(**PRESETS["f8d4"])                      # 83,653,863 parameters
+    mean, logvar = vae.encode(images)                 # (N, 3, 256, 256) in [-1, 1] -> twice (N, 4, 32, 32)
+    images = vae.decode(sample_posterior(mean, logvar))
+"""
+
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# f: pixels per latent pixel along a side, d: latent channels. f8d4, f16d16 and f32d64 have the widths of their release.
+PRESETS = {
+    "tiny": dict(widths=(32, 64, 64), latent_channels=4, num_res_blocks=1),  # f4, for CPUs
+    "f4d4": dict(widths=(128, 256, 512), latent_channels=4),
+    "f8d4": dict(widths=(128, 256, 512, 512), latent_channels=4),
+    "f16d16": dict(widths=(128, 128, 256, 256, 512), latent_channels=16),
+    "f32d64": dict(widths=(128, 128, 256, 256, 512, 512), latent_channels=64),
+}
+GROUPS = 32
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+# ---- autoencoder ------------------------------------------------------------------------------------------
+
+
+def norm(channels):
+    return nn.GroupNorm(GROUPS, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))). (N, c_in, H, W) -> (N, c_out, H, W)"""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class Attention(nn.Module):
+    """Self-attention over all positions, one head. (N, C, H, W) -> (N, C, H, W)"""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = norm(channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (layer(h).flatten(2).mT[:, None] for layer in (self.q, self.k, self.v))  # (N, 1, HW, C)
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0].mT.unflatten(2, x.shape[-2:])  # (N, C, H, W)
+        return x + self.proj_out(h)
+
+
+class Downsample(nn.Module):
+    """Convolution of stride 2, padded by a row below and a column on the right. (N, C, H, W) -> (N, C, H/2, W/2)"""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Nearest neighbours, then a convolution. (N, C, H, W) -> (N, C, 2H, 2W)"""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, and the way to the next."""
+
+    def __init__(self, c_in, c_out, blocks, downsample=False, upsample=False):
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(blocks))
+        if downsample:
+            self.downsample = Downsample(c_out)
+        if upsample:
+            self.upsample = Upsample(c_out)
+
+    def forward(self, x):
+        for block in self.block:
+            x = block(x)
+        if hasattr(self, "downsample"):
+            x = self.downsample(x)
+        return self.upsample(x) if hasattr(self, "upsample") else x
+
+
+class Middle(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.block_1, self.attn_1 = ResBlock(channels, channels), Attention(channels)
+        self.block_2 = ResBlock(channels, channels)
+
+    def forward(self, x):
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    """Images (N, 3, H, W) -> (N, 2 latent_channels, H/f, W/f), f = 2^(levels - 1)"""
+
+    def __init__(self, widths, latent_channels, num_res_blocks):
+        super().__init__()
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down = nn.ModuleList(
+            Level(widths[max(i - 1, 0)], width, num_res_blocks, downsample=i < last) for i, width in enumerate(widths)
+        )
+        self.mid = Middle(widths[-1])
+        self.norm_out, self.conv_out = norm(widths[-1]), nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Latents (N, latent_channels, h, w) -> images (N, 3, f h, f w); up[0] is the highest resolution."""
+
+    def __init__(self, widths, latent_channels, num_res_blocks):
+        super().__init__()
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(latent_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1])
+        self.up = nn.ModuleList(
+            Level(widths[min(i + 1, last)], width, num_res_blocks + 1, upsample=i > 0) for i, width in enumerate(widths)
+        )
+        self.norm_out, self.conv_out = norm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, z):
+        x = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class VAE(nn.Module):
+    """Variational autoencoder. Attributes: factor (pixels per latent pixel along a side), latent_channels.
+
+    Raises ValueError for widths that are no multiples of 32 (the groups of its norms).
+    """
+
+    def __init__(self, widths=(128, 256, 512, 512), latent_channels=4, num_res_blocks=2):
+        super().__init__()
+        if not widths or any(width % GROUPS or width < GROUPS for width in widths):
+            raise ValueError(f"widths {tuple(widths)} must be multiples of {GROUPS}")
+        self.factor, self.latent_channels = 2 ** (len(widths) - 1), latent_channels
+        self.encoder = Encoder(widths, latent_channels, num_res_blocks)
+        self.decoder = Decoder(widths, latent_channels, num_res_blocks)
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+
+    def encode(self, x):
+        """Images (N, 3, H, W) in [-1, 1] -> mean and log variance of the posterior, each (N, C, H/f, W/f).
+        Raises ValueError where f does not divide H and W.
+        """
+        if x.shape[-2] % self.factor or x.shape[-1] % self.factor:
+            raise ValueError(f"images of {x.shape[-2]}x{x.shape[-1]}: both sides must be multiples of {self.factor}")
+        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, 1)
+        return mean, logvar.clamp(*LOGVAR_RANGE)
+
+    def decode(self, z):
+        """Latents (N, C, h, w) -> images (N, 3, f h, f w), mostly in [-1, 1], not clipped."""
+        return self.decoder(self.post_quant_conv(z))
+
+
+def sample_posterior(mean, logvar, noise=None):
+    """mean + std * noise, all (N, C, h, w); noise is drawn where it is not given."""
+    return mean + torch.exp(0.5 * logvar) * (torch.randn_like(mean) if noise is None else noise)
+
+
+def infer_shape(state):
+    """The arguments of `VAE` that a state dict in the original layout stands for. Raises KeyError on another layout."""
+    levels = sum(f"encoder.down.{i}.block.0.conv1.weight" in state for i in range(16))
+    blocks = sum(f"encoder.down.0.block.{i}.conv1.weight" in state for i in range(16))
+    widths = tuple(state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels))
+    return dict(widths=widths, latent_channels=state["post_quant_conv.weight"].shape[1], num_res_blocks=blocks)
+
+
+# ---- discriminator ----------------------------------------------------------------------------------------
+
+ADAPTIVE_LIMIT = 1e4
+
+
+class PatchGAN(nn.Module):
+    """Patch discriminator (arXiv 1611.07004): a logit per overlapping patch. (N, 3, H, W) -> (N, 1, ~H/8, ~W/8)
+
+    GroupNorm stands where the paper has BatchNorm: no image's logits depend on the others', so that batches can be cut
+    into parts and over processes. Images must be at least `least_size` pixels wide.
+    """
+
+    def __init__(self, width=64, depth=3):
+        super().__init__()
+        layers, c_in = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)], width
+        for i in range(1, depth + 1):
+            c_out = width * min(2**i, 8)
+            layers += [nn.Conv2d(c_in, c_out, 4, 2 if i < depth else 1, 1, bias=False),
+                       nn.GroupNorm(GROUPS, c_out), nn.LeakyReLU(0.2)]  # fmt: skip
+            c_in = c_out
+        self.main = nn.Sequential(*layers, nn.Conv2d(c_in, 1, 4, 1, 1))
+        self.least_size = 3 * 2**depth
+        for module in self.main:
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0.0, 0.02)
+
+    def forward(self, x):
+        return self.main(x).float()  # whatever autocast made of it
+
+
+def hinge_loss(real, fake):
+    """The discriminator's loss on logits of any shape (arXiv 1705.02894) -> scalar."""
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def adaptive_weight(reconstruction, other, parameter, reduce=lambda gradient: gradient):
+    """|grad of the reconstruction loss| / |grad of another loss| at one parameter, at most 1e4 (VQGAN, arXiv
+    2012.09841, equation 7). `reduce` averages a gradient over processes.
+    """
+    up = 2.0**10  # leaves their ratio alone and keeps fp16 gradients from vanishing
+    norms = [
+        reduce(torch.autograd.grad(loss * up, parameter, retain_graph=True)[0]).norm() / up
+        for loss in (reconstruction, other)
+    ]
+    return (norms[0] / (norms[1] + 1e-4)).clamp(0, ADAPTIVE_LIMIT).detach()
+
+
+# ---- LPIPS ------------------------------------------------------------------------------------------------
+
+
+def load_lpips(vgg=None, heads=None):
+    """LPIPS (arXiv 1801.03924, VGG) of torch-fidelity -> a module: two batches (N, 3, H, W) in [-1, 1] -> (N,).
+
+    vgg, heads: files of torchvision's vgg16 weights and of the LPIPS heads; where None, those in torch.hub's folder,
+    downloaded if absent. Raises ValueError, naming file or address, where one is missing or is another network's.
+    """
+    from torch_fidelity.sample_similarity_lpips import URL_VGG16_LPIPS, SampleSimilarityLPIPS
+    from torchvision.models import VGG16_Weights
+
+    folder, files = Path(torch.hub.get_dir()) / "checkpoints", []
+    for name, file, url, key in (
+        ("VGG-16", vgg, VGG16_Weights.IMAGENET1K_V1.url, "features.0.weight"),
+        ("LPIPS heads", heads, URL_VGG16_LPIPS, "lin0.model.1.weight"),
+    ):
+        named = url.rpartition("/")[2]
+        file, given = Path(file or folder / named), file is not None
+        try:
+            if not file.exists() and not given:
+                folder.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(url, str(file))
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # urllib's, torch.load's
+            where = "" if given else f", from {url} to {folder}"
+            raise ValueError(f"{name} weights {file}: cannot be loaded{where} ({str(error)[:120]})") from error
+        if key not in state:
+            raise ValueError(f"{name} weights {file}: no {key} in it; it holds {', '.join(list(state)[:2])}, ...")
+        files.append((file, named))
+
+    # torch-fidelity takes no paths but looks into torch.hub's folder: give it one that links to the two files.
+    hub = torch.hub.get_dir()
+    with tempfile.TemporaryDirectory() as linked:
+        (Path(linked) / "checkpoints").mkdir()
+        for file, named in files:
+            (Path(linked) / "checkpoints" / named).symlink_to(file.resolve())
+        torch.hub.set_dir(linked)
+        try:
+            network = SampleSimilarityLPIPS("lpips-vgg16")
+        except Exception as error:  # load_state_dict's
+            raise ValueError(f"LPIPS weights {files[0][0]}, {files[1][0]}: {str(error)[:200]}") from error
+        finally:
+            torch.hub.set_dir(hub)
+    return LPIPS(network)
+
+
+class LPIPS(nn.Module):
+    """torch-fidelity's network, which takes 0..255, for images in [-1, 1]."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+
+    def forward(self, x, y):
+        with torch.autocast(x.device.type, enabled=False):
+            return self.network((x.float() + 1) * 127.5, (y.float() + 1) * 127.5).flatten()
