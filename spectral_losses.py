@@ -99,13 +99,25 @@ def band_error(prediction, reference, bins=BINS):
 # ---- encoding spectrum matching ---------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=16)
+def _blurred_resampling(n, m, dtype, device):
+    """(m, n): zero-padded Gaussian blur, then bicubic interpolation without antialiasing, along one axis of n pixels."""
+    with torch.inference_mode(False), torch.no_grad():
+        g = torch.exp(-(torch.arange(BLUR_SIZE).double() - BLUR_SIZE // 2).square() / (2 * BLUR_SIGMA**2))
+        x = torch.eye(n, dtype=torch.float64)[None, None]
+        x = F.conv2d(x, (g / g.sum()).view(1, 1, -1, 1), padding=(BLUR_SIZE // 2, 0))
+        return F.interpolate(x, (m, n), mode="bicubic")[0, 0].to(device, dtype)
+
+
 @in_float32
-def blur(x, sigma=BLUR_SIGMA, size=BLUR_SIZE):
-    """Gaussian blur, zero-padded. (N, C, H, W) -> the same shape"""
-    g = torch.exp(-(torch.arange(size, dtype=x.dtype, device=x.device) - size // 2).square() / (2 * sigma**2))
-    g = (g / g.sum()).expand(x.shape[1], 1, 1, size)
-    x = F.conv2d(x, g, padding=(0, size // 2), groups=x.shape[1])
-    return F.conv2d(x, g.mT, padding=(size // 2, 0), groups=x.shape[1])
+def resize_to_latent(images, size, blur=True):
+    """Images (N, C, H, W) as ESM compares them with a latent: blurred by a zero-padded 7 x 7 Gaussian of sigma 1.2, then
+    bicubic without antialiasing -> (N, C, *size). Both are linear along each axis, so that two matrix products do both.
+    """
+    if not blur:
+        return F.interpolate(images, size, mode="bicubic")
+    rows, cols = (_blurred_resampling(n, m, images.dtype, images.device) for n, m in zip(images.shape[-2:], size))
+    return rows @ (images @ cols.mT)
 
 
 @in_float32
@@ -114,13 +126,6 @@ def log_shares(x, delta=0.0, bins=BINS):
     f = torch.arange(1, bins + 1, dtype=x.dtype, device=x.device)
     s = torch.log(1 + 1e-8 + psd(x, bins) * f**delta)
     return s / s.sum(1, keepdim=True).clamp_min(1e-12)
-
-
-@in_float32
-def resize_to_latent(images, size, blurred=True):
-    """Images (N, C, H, W) as ESM compares them with a latent: blurred, then bicubic, no antialias -> (N, C, *size)."""
-    images = blur(images) if blurred else images
-    return F.interpolate(images, size, mode="bicubic") if images.shape[-2:] != tuple(size) else images
 
 
 def spectral_kl(target, shares):

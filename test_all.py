@@ -395,7 +395,8 @@ def test_spectral_functions_differentiable_and_in_float32():
     S = spectral_losses
     calls = {
         "esm": lambda x, y: S.esm_loss(x, y, bins=4), "alpha": lambda x, y: S.power_law_exponent(x),
-        "psd": lambda x, y: S.psd(x), "low pass": lambda x, y: S.low_pass(x, 10, 2), "blur": lambda x, y: S.blur(x),
+        "psd": lambda x, y: S.psd(x), "low pass": lambda x, y: S.low_pass(x, 10, 2),
+        "resize": lambda x, y: S.resize_to_latent(x, (3, 3)),
         "kl": lambda x, y: S.kl_loss(x, x), "vf": lambda x, y: S.vf_loss(y, x, 0, 0), "rmsc": lambda x, y: S.rmsc(x),
         "energy": lambda x, y: S.directional_energy(y), "eq": lambda x, y: S.scale_and_rotate(x, (2, 3), 1),
         "se": lambda x, y: S.downscale(x, 2), "bands": lambda x, y: S.band_error(x, x.flip(2), bins=4),
