@@ -47,16 +47,25 @@ def _radius(height, width, device=None):
     return torch.hypot(rows[:, None].double(), cols.double())  # (H, W), of every DCT coefficient from DC
 
 
+@functools.lru_cache(maxsize=64)
 def radial_bands(height, width, bins=BINS, device=None):
     """Band floor(bins r / r_max) of every DCT coefficient, r its distance from DC -> (H, W) long, 0..bins-1."""
-    radius = _radius(height, width, device)
-    return (bins * radius / radius[-1, -1].clamp_min(1)).floor().long().clamp_max(bins - 1)
+    with torch.inference_mode(False):  # a cached tensor must stay usable by autograd
+        radius = _radius(height, width, device)
+        return (bins * radius / radius[-1, -1].clamp_min(1)).floor().long().clamp_max(bins - 1)
+
+
+@functools.lru_cache(maxsize=64)
+def _cells(height, width, bins, device):
+    """How many coefficients each band has (bins,); cached, since counting waits for the device."""
+    with torch.inference_mode(False):
+        return torch.bincount(radial_bands(height, width, bins, device).flatten(), minlength=bins)
 
 
 def _band_sums(x, bins):
     """(N, H, W) -> sums over the cells of each radial band (N, bins), and their numbers (bins,)"""
     band = radial_bands(*x.shape[-2:], bins, x.device).flatten()
-    return x.new_zeros(len(x), bins).index_add(1, band, x.flatten(1)), torch.bincount(band, minlength=bins)
+    return x.new_zeros(len(x), bins).index_add(1, band, x.flatten(1)), _cells(*x.shape[-2:], bins, x.device)
 
 
 @in_float32
