@@ -8,7 +8,8 @@ paper reads as special cases, stand beside them.
     loss = esm_loss(images, latents)                     # (N, 3, 64, 64), (N, 4, 16, 16) -> scalar
     loss = l1(decode(low_pass(latents, 10)), low_pass(images, 10))     # DSM
 
-All functions take (N, C, H, W) of any size, are differentiable, and compute in float32 or wider even under autocast.
+All functions take (N, C, H, W) of any size (`low_pass`: multiples of its block), are differentiable, and compute in
+float32 or wider even under autocast.
 """
 
 import functools

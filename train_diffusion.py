@@ -213,7 +213,7 @@ class Store:
 class Latents:
     """A latent cache, one memory-mapped file: header, status and label of every image, moments.
 
-    header   dict: kind ("moments"), preset, shape, size, factor, data, classes, autoencoder (hash of its weights),
+    header   dict: kind ("moments"), preset, shape, size, factor, data, first and last image, classes, autoencoder (hash of its weights),
              scale (1 / std, None until all is encoded)
     status   (N,) uint8: 0 to be encoded, 1 encoded, 2 unreadable
     labels   (N,) int32, -1 where there are no classes
@@ -251,11 +251,14 @@ class Latents:
 
     @classmethod
     def create(cls, file, header, labels):
-        """Write the file without moments; its size is set, and taken up as it fills."""
+        """Write the file without moments."""
         start, room = cls.pack(header)
         with open(file, "wb") as handle:
             handle.write(start)
-            handle.truncate(cls.layout(room, header["shape"])[-1])
+            size = cls.layout(room, header["shape"])[-1]
+            handle.truncate(size)
+            if hasattr(os, "posix_fallocate"):  # a disk that fills up later would kill the process
+                os.posix_fallocate(handle.fileno(), 0, size)
         cls(file, "r+").labels[:] = -1 if labels is None else labels
 
     def same(self, header):
@@ -517,9 +520,9 @@ def complete(args):
 
 def check_ranges(args, **least):
     """Raise InputError for a flag that is out of its range, or below that of name=least; None is in every range."""
-    least |= dict.fromkeys(("size", "steps", "batch", "grad_accum", "log_every", "eval_every", "save_every"), 1)
-    least |= dict.fromkeys(("lr", "clip", "seed", "weight_decay", "warmup", "benchmark", "workers"), 0)
-    for name, minimum in least.items():
+    ones = ("size", "steps", "batch", "grad_accum", "log_every", "eval_every", "save_every")
+    zeros = ("lr", "clip", "seed", "weight_decay", "warmup", "benchmark", "workers")
+    for name, minimum in (dict.fromkeys(ones, 1) | dict.fromkeys(zeros, 0) | least).items():
         value = getattr(args, name)
         if value is not None and value < minimum:
             raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {minimum:g}")
@@ -858,7 +861,9 @@ def recipe_defaults(small, large, which):
     """-> both(name), the end of a help text: a flag's default in two recipes."""
 
     def both(name):
-        values = (" ".join(map(str, d[name])) if isinstance(d[name], list) else d[name] for d in (small, large))
+        values = [" ".join(map(str, d[name])) if isinstance(d[name], list) else d[name] for d in (small, large)]
+        if values[0] == values[1]:
+            return f"(default: {values[0]})"
         return "(default: {} for {which}, {} for others)".format(*values, which=which)
 
     return both

@@ -127,7 +127,7 @@ def resized(images, side):
 
 
 def autoencoder_loss(args, parts, images, noise, views, log, gan=False):
-    """All terms of one part of a batch -> scalar. `parts`: the networks, see `main`. With `gan` the discriminator's."""
+    """All terms of one part of a batch -> scalar. `parts`: the networks, see `make_parts`. With `gan` the discriminator's."""
     mean, logvar, latents, made, projected = parts.wrapped(images, noise, [change for change, _, _ in views])
     wanted = [change(images) for _, change, _ in views]
     reconstruction = 0
@@ -224,11 +224,16 @@ class LatentStatistics:
 
 
 def some_images(images, count, batch, workers, bar="evaluate"):
-    """Batches of `count` images spread over a data set, (n, 3, S, S) uint8; unreadable ones are left out."""
-    chosen = np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int)).tolist()
+    """Batches of `count` images spread over a data set, (n, 3, S, S) uint8; unreadable ones are left out. Raises
+    InputError where they are more than 1%.
+    """
+    chosen, bad = np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int)).tolist(), 0
     with progress(total=len(chosen), unit="img", desc=bar, leave=False) as shown:
         for _, pixels, good in DataLoader(Subset(images, chosen), batch, num_workers=workers if count > 512 else 0):
-            yield pixels[good]
+            bad += int((~good).sum())
+            images.check_unreadable(bad)
+            if good.any():
+                yield pixels[good]
             shown.update(len(good))
 
 
@@ -313,7 +318,7 @@ def optional(load, flag, what, say):
     try:
         return load()
     except (InputError, ValueError) as error:
-        say(f"{what} is off: {' '.join(str(error).split())[:300]}; {flag} turns it on")
+        say(f"{what} is off: {' '.join(str(error).split())[:450]}; {flag} turns it on")
 
 
 def open_measures(args, processes):
@@ -386,17 +391,15 @@ def complete(args):
     if args.esm_blur is None:
         args.esm_blur = blurs(latent)
     if "dsm" in terms and not block_that_fits(latent, latent):
-        raise InputError(f"--regularizer {args.regularizer} at --size {args.size}: a latent of {latent}x{latent} is too "
-                         "small for the blocks of DSM, 8, 4 or 2; --size 64 does")  # fmt: skip
-    if args.size < SSIM_WINDOW:
-        raise InputError(f"--size {args.size}: must be at least {SSIM_WINDOW}, the window of SSIM")
+        raise InputError(f"--regularizer {args.regularizer} at --size {args.size}: a latent of {latent}x{latent} is no "
+                         "multiple of 2: DSM works in blocks of 8, 4 or 2; --size 64 does")  # fmt: skip
     if "eq" in terms and latent <= least_latent(latent, factor):
         raise InputError(f"--regularizer eq at --size {args.size}: nothing smaller to scale to; --size 64 does")
     if "se" in terms and (latent % 2 or args.size < 2 * LEAST_SIDE):
         raise InputError(f"--regularizer se at --size {args.size}: a latent of {latent} cannot be halved; --size 64 does")
     if "vf" in terms and not args.encoder:
         raise InputError("--regularizer vf: needs --encoder REPO:ENTRY, such as facebookresearch/dinov2:dinov2_vitb14")
-    smallest = args.size // 4 if "eq" in terms else args.size
+    smallest = least_latent(latent, factor) * factor if "eq" in terms else args.size
     if args.gan_weight and smallest < PatchGAN().least_size:
         raise InputError(f"--gan-weight {args.gan_weight:g}: the discriminator would see {smallest} pixels and needs "
                          f"{PatchGAN().least_size}; a larger --size, or --gan-weight 0")  # fmt: skip
@@ -438,6 +441,10 @@ def layout(device):
 
 
 def wrap(parts, args, processes):
+    if args.compile:  # adaptive weights go back through a part of the graph twice
+        import torch._functorch.config
+
+        torch._functorch.config.donated_buffer = False
     parts.wrapped = processes.wrap(torch.compile(parts.one_pass) if args.compile else parts.one_pass)
     parts.wrapped_discriminator = processes.wrap(parts.discriminator) if parts.discriminator else None
 
@@ -499,7 +506,7 @@ def vae_flops(parts, size, device):
 
 
 def main(args):
-    check_ranges(args, eval_images=1)
+    check_ranges(args, eval_images=1, size=SSIM_WINDOW)  # what SSIM needs
     if args.spectrum:
         return compare_spectra(args)
     if args.encode:
@@ -527,10 +534,10 @@ def main(args):
     parts = make_parts(args, processes, config)
     vae, discriminator = parts.vae, parts.discriminator
     parts.lpips, features = open_measures(args, processes)
-    had_lpips = checkpoint["lpips"] if checkpoint else bool(parts.lpips)
-    if had_lpips != bool(parts.lpips):
-        raise InputError(f"{folder} was begun {'with' if had_lpips else 'without'} LPIPS; --lpips-weight 0 is without, "
-                         "--lpips-vgg FILE --lpips-heads FILE with it")  # fmt: skip
+    if checkpoint and not checkpoint["lpips"]:
+        parts.lpips = None  # a run goes on as it began
+    if checkpoint and checkpoint["lpips"] and not parts.lpips:
+        raise InputError(f"{folder} was begun with LPIPS; name its weights by --lpips-vgg FILE --lpips-heads FILE")
     amp, dtype = autocast(args, device)
     if args.benchmark:
         return benchmark_vae(args, images, parts, processes, (amp, dtype))
@@ -565,7 +572,8 @@ def main(args):
 
     def save():
         if processes.main:
-            chosen, latent = torch.linspace(0, store.count - 1, min(store.count, SCALE_IMAGES)).long(), LatentStatistics()
+            count, latent = min(store.count, SCALE_IMAGES), LatentStatistics()
+            chosen = torch.linspace(0, store.count - 1, count, dtype=torch.float64).long()
             with torch.no_grad():
                 for part in chosen.split(micro):
                     latent.add(*(ema or vae).encode(store[part].to(device) / 127.5 - 1))
@@ -582,6 +590,7 @@ def main(args):
             write_atomically(folder / "checkpoint.pt", lambda f: torch.save(state, f))
 
     # ---- loop
+    decoders = workers(args, processes)
     flops, peak = 0, 1
     if device.type == "cuda":
         flops, peak = vae_flops(parts, args.size, device), matmul_rate(device, dtype) * processes.world
@@ -608,7 +617,7 @@ def main(args):
         # evaluate
         if step % args.eval_every == 0 or step == args.steps:
             if processes.main:
-                batches = some_images(validation, args.eval_images or EVAL_IMAGES, micro, 2)
+                batches = some_images(validation, args.eval_images or EVAL_IMAGES, micro, decoders)
                 result, rows = measure(ema or vae, batches, device, args.seed, parts.lpips, features)
                 save_pictures(rows, folder / "samples" / f"step{step:07d}")
                 log.write(step=step, evaluation=result)
@@ -641,6 +650,7 @@ def finished(args, say, step, again=False):
     say(f"{args.out}: {'this run is finished' if again else 'done'} at step {step} of {args.steps}.")
     say(f"  look      {args.out}/samples/")
     say(f"  spectrum  python train_vae.py --spectrum {args.out} --data {args.val or args.data}")
+    say(f"  evaluate  python train_vae.py --eval-only --ckpt {args.out}")
     say(f"  encode    python train_vae.py --encode {args.data} --ckpt {args.out}")
     if again:
         say(f"  go on     the same command with --steps {2 * step}")
@@ -676,10 +686,10 @@ def evaluate_only(args):
     if args.lpips_weight is None and (args.lpips_vgg or args.lpips_heads):
         args.lpips_weight = 1.0  # any weight measures
     fill(args, info["config"].get("preset"))
-    images = Images(data_of(args, info), size)
     lpips, features = open_measures(args, processes)
     if not processes.main:
         return
+    images = Images(data_of(args, info), size)
     batches = some_images(images, args.eval_images or len(images), args.batch, workers(args, processes))
     result, rows = measure(vae, batches, device, args.seed, lpips, features)
     folder = Path(args.out or run_folder(args.ckpt))
@@ -703,8 +713,8 @@ def compare_spectra(args):
         args.data = data_of(args, info)  # the first one's, for all
         images = Images(args.data, size)
         name = run_folder(path).resolve().name
-        name += f" {sum(other.split()[0] == name for other in results) + 1}" * (name in results)
-        batches = some_images(images, args.eval_images or len(images), args.batch or 32, workers(args, processes), name)
+        name = path if name in results else name
+        batches = some_images(images, args.eval_images or EVAL_IMAGES, args.batch or 32, workers(args, processes), name)
         results[name], _ = measure(vae, batches, device, args.seed)
     for name, result in results.items():
         say(f"{name}: latents {verdict(result)}")
@@ -773,12 +783,15 @@ def encode_data(args):
     processes = Processes(args.device)
     device, say = processes.device, processes.print
     vae, info, size = open_trained(args, args.ckpt, device, "--encode")
+    if processes.world != processes.local_world:
+        raise InputError("--encode: runs on one machine, whose processes share the memory-mapped file")
     images = processes.local_first(lambda: Images(args.encode, size))
     file = Path(args.out or run_folder(args.ckpt) / f"{short_name(args.encode)}-{size}.latents")
     unfinished = Path(f"{file}.part")
     shape = [len(images), 2, 2 * vae.latent_channels, size // vae.factor, size // vae.factor]
     header = {"kind": "moments", "preset": info["config"].get("preset"), "shape": shape, "size": size,
-              "factor": vae.factor, "data": args.encode, "classes": images.classes, "autoencoder": info["weights"],
+              "factor": vae.factor, "data": args.encode, "first": str(images.names[0]),
+              "last": str(images.names[-1]), "classes": images.classes, "autoencoder": info["weights"],
               "scale": None}  # fmt: skip
     if file.is_dir():
         raise InputError(f"--out {file}: is a folder; name a file")
@@ -818,7 +831,12 @@ def encode_data(args):
         return
     while (latents.status == 0).any():  # the other processes' share
         time.sleep(0.2)
-    images.check_unreadable(int((latents.status == 2).sum()))
+    unreadable = np.flatnonzero(latents.status == 2)
+    try:
+        images.check_unreadable(len(unreadable))
+    except InputError:
+        latents.status[unreadable] = 0  # the same command tries them again
+        raise
     good, statistics = np.flatnonzero(latents.status == 1), LatentStatistics()
     for part in np.array_split(good[:: math.ceil(len(good) / SCALE_LIMIT)], math.ceil(min(len(good), SCALE_LIMIT) / 256)):
         statistics.add(*torch.from_numpy(latents.moments[part].astype(np.float32)).flatten(0, 1).chunk(2, 1))
@@ -837,7 +855,8 @@ def make_parser():
     add("--val", metavar="SPEC", help="images that evaluations look at (default: those of --data)")
     add("--size", type=int, metavar="PIXELS", help=f"images are cropped and resized to this {both('size')}")
     add("--out", metavar="RUN", help="run folder (default: runs/DATA-SIZE-PRESET-REGULARIZER); the file of --encode "
-        "(default: in CKPT's folder); the folder of --spectrum (default: runs/spectrum)")  # fmt: skip
+        "(default: in CKPT's folder); the folder of --spectrum (default: runs/spectrum) and of --eval-only's pictures "
+        "(default: CKPT's)")  # fmt: skip
     add("--preset", default="tiny", choices=PRESETS, help="f: pixels per latent pixel, d: channels (default: tiny)")
     add("--regularizer", default="esm", metavar="NAME[+NAME]",
         help="kl, esm, dsm, eq, se, vf, none or a sum such as esm+dsm; eq goes with neither dsm nor se (default: esm)")  # fmt: skip
@@ -862,7 +881,7 @@ def make_parser():
     add("--features", metavar="SPEC", help=f"of rFID: inception, REPO:ENTRY or none {both('features')}")
     add("--features-weights", metavar="FILE", help="local Inception weights (default: torch-fidelity downloads them)")
     add("--eval-images", type=int, metavar="N",
-        help="images an evaluation looks at (default: 1000 while training, else all)")  # fmt: skip
+        help="images an evaluation looks at (default: 1000, with --eval-only all)")  # fmt: skip
     add("--eval-only", action="store_true", help="report on --ckpt, train nothing")
     add("--spectrum", nargs="+", metavar="CKPT", help="compare the spectra of these autoencoders, train nothing")
     add("--encode", metavar="SPEC", help="encode these images with --ckpt into the latent cache --out, train nothing")
