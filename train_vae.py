@@ -180,7 +180,7 @@ def discriminator_loss(parts, images, noise, views, log):
 EVAL_IMAGES = 1000  # looked at by an evaluation during training
 SCALE_IMAGES, SCALE_LIMIT = 256, 50_000  # whose latents give the scale of a checkpoint, and of a latent cache
 MATCHED = 0.05  # difference from the target in the upper half of the bands within which a latent counts as matched
-SSIM_WINDOW = 11
+SSIM_WINDOW, SHOWN = 11, 8  # pixels; pictures in a row
 
 
 def psnr(x, y):
@@ -228,6 +228,8 @@ def some_images(images, count, batch, workers, bar="evaluate"):
     InputError where they are more than 1%.
     """
     chosen, bad = np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int)).tolist(), 0
+    apart = max(1, len(chosen) // SHOWN)
+    chosen = [i for start in range(apart) for i in chosen[start::apart]]  # those shown, the first, from all over the set
     with progress(total=len(chosen), unit="img", desc=bar, leave=False) as shown:
         for _, pixels, good in DataLoader(Subset(images, chosen), batch, num_workers=workers if count > 512 else 0):
             bad += int((~good).sum())
@@ -238,7 +240,7 @@ def some_images(images, count, batch, workers, bar="evaluate"):
 
 
 @torch.no_grad()
-def measure(vae, batches, device, seed=0, lpips=None, features=None, shown=8):
+def measure(vae, batches, device, seed=0, lpips=None, features=None, shown=SHOWN):
     """Everything that is reported of an autoencoder -> (dict of plain values, rows of pictures).
 
     Reconstructions are of the posterior's mean, spectra of its samples (as the losses see them). Shares of log power
