@@ -1708,7 +1708,7 @@ def test_training_an_autoencoder_lowers_its_losses(data, hub, tmp_path, name):
 def test_autoencoder_n_and_n_steps_equal_2n_with_everything_on(data, lpips_files, tmp_path):
     """With GAN, LPIPS, EMA and a sum of regularizers; then two processes, and parts of a batch, equal one."""
     files = f"--lpips-vgg {lpips_files[0]} --lpips-heads {lpips_files[1]} --lpips-weight 0.5"
-    flags = f"--data {data} --size 32 --regularizer esm+dsm+kl --gan-weight 0.5 --gan-start 1 --ema 0.9 {files}"
+    flags = f"--data {data} --size 32 --lr 1e-5 --regularizer esm+dsm+kl --gan-weight 0.5 --gan-start 1 --ema 0.9 {files}"
     autoencode(f"{flags} --out {tmp_path}/whole --steps 4")
     for steps in (2, 4):
         autoencode(f"{flags} --out {tmp_path}/halves --steps {steps}")
@@ -1726,10 +1726,8 @@ def test_autoencoder_n_and_n_steps_equal_2n_with_everything_on(data, lpips_files
     two = checkpoint(tmp_path / "two")
     both = [metrics(tmp_path / run, "grad_norm") for run in ("whole", "two")]
     for key in ("loss", "discriminator", "gan_balance", "grad_norm"):
-        np.testing.assert_allclose(*([line.get(key, 0) for line in lines] for lines in both), rtol=5e-3)
-    for k in ("model", "ema", "discriminator"):  # Adam makes a step even of rounding noise, so: on average
-        gaps = torch.cat([(a[k][name] - two[k][name]).abs().flatten() for name in a[k]])
-        assert gaps.mean() < 2e-4
+        np.testing.assert_allclose(*([line.get(key, 0) for line in lines] for lines in both), rtol=2e-3)
+    assert all(distance(a[k], two[k]) < 1e-4 for k in ("model", "ema", "discriminator"))
 
 
 def test_autoencoder_killed_is_resumed_and_eq_is_the_same_on_two_processes(tmp_path):
