@@ -1920,7 +1920,8 @@ def test_bad_input_of_autoencoders(autoencoders, trained, data, lpips_files, tmp
     refused("LPIPS heads weights nowhere", f"--lpips-weight 1 --lpips-vgg {lpips_files[0]} --lpips-heads nowhere")
     refused("--features-weights FILE", "--features inception --features-weights nowhere --regularizer kl")
     before = (autoencoders / "kl" / "checkpoint.pt").read_bytes()
-    refused("--preset tiny there, f4d4 now", "--regularizer kl --preset f4d4 --gan-weight 0 --lpips-weight 0", autoencoders / "kl")
+    other = "--regularizer kl --preset f4d4 --gan-weight 0 --lpips-weight 0"
+    refused("--preset tiny there, f4d4 now", other, autoencoders / "kl")
     refused("--regularizer kl there, esm now", "", autoencoders / "kl")
     refused("a checkpoint of train_diffusion.py; give one of train_vae.py", "", trained)
     assert (autoencoders / "kl" / "checkpoint.pt").read_bytes() == before

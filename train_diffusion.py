@@ -213,8 +213,8 @@ class Store:
 class Latents:
     """A latent cache, one memory-mapped file: header, status and label of every image, moments.
 
-    header   dict: kind ("moments"), preset, shape, size, factor, data, first and last image, classes, autoencoder (hash of its weights),
-             scale (1 / std, None until all is encoded)
+    header   dict: kind ("moments"), preset, shape, size, factor, data, first and last image, classes, autoencoder (hash
+             of its weights), scale (1 / std, None until all is encoded)
     status   (N,) uint8: 0 to be encoded, 1 encoded, 2 unreadable
     labels   (N,) int32, -1 where there are no classes
     moments  (N, 2, 2C, h, w) float16: of the image and of its mirror image, mean and log variance
@@ -481,15 +481,16 @@ class Log:
 
 # What a flag is when it is not given. The tiny networks take a recipe that learns in minutes on a CPU (x0 prediction on
 # the flow path); all others take DCTdiff's published settings.
-TINY = dict(weight_decay=0.03, path="flow", predict="x0", t_sampling="logit-normal", ebfr=False, lr=2e-3, betas=[0.9, 0.99], warmup=100,
-            lr_decay="linear", ema=0.999, batch=64, steps=1800)  # fmt: skip
-PUBLISHED = dict(weight_decay=0.03, path="vp", predict="eps", t_sampling="uniform", ebfr=True, lr=2e-4, betas=[0.99, 0.99], warmup=5000,
-                 lr_decay="none", ema=0.9999, batch=256, steps=500_000)  # fmt: skip
+TINY = dict(path="flow", predict="x0", t_sampling="logit-normal", ebfr=False, lr=2e-3, betas=[0.9, 0.99],
+            weight_decay=0.03, warmup=100, lr_decay="linear", ema=0.999, batch=64, steps=1800)  # fmt: skip
+PUBLISHED = dict(path="vp", predict="eps", t_sampling="uniform", ebfr=True, lr=2e-4, betas=[0.99, 0.99],
+                 weight_decay=0.03, warmup=5000, lr_decay="none", ema=0.9999, batch=256, steps=500_000)  # fmt: skip
 KEEP = {2: 4, 4: 9, 8: 18}  # coefficients kept per block [code]; 8 of 16 from 256 px on
 SNR_SCALE = {32: 2.0, 64: 4.0, 128: 4.0, 256: 4.0, 512: 12.0}  # c of the vp path by resolution, in DCT space [code]
 # On the flow path c is B^2 [ours]: dividing by eta, about 128 B, makes the noise of a token B times that of a pixel.
 MAY_CHANGE = set("steps device workers compile log_every eval_every save_every fresh benchmark out "
-                 "val features features_weights lpips_vgg lpips_heads eval_images eval_only spectrum encode ckpt".split())  # fmt: skip
+                 "val features features_weights lpips_vgg lpips_heads eval_images eval_only spectrum encode "
+                 "ckpt".split())  # fmt: skip
 
 
 def complete(args):

@@ -861,7 +861,8 @@ def make_parser():
         "(default: CKPT's)")  # fmt: skip
     add("--preset", default="tiny", choices=PRESETS, help="f: pixels per latent pixel, d: channels (default: tiny)")
     add("--regularizer", default="esm", metavar="NAME[+NAME]",
-        help="kl, esm, dsm, eq, se, vf, none or a sum such as esm+dsm; eq goes with neither dsm nor se (default: esm)")  # fmt: skip
+        help="kl, esm, dsm, eq, se, vf, none or a sum such as esm+dsm; eq goes with neither dsm nor se "
+        "(default: esm)")  # fmt: skip
     add("--kl-weight", type=float, default=1e-6, metavar="W", help="of kl. The reconstruction is a mean over pixels, KL "
         "a sum over latent dimensions: at 256 px 1e-6 is 196,608 times latent diffusion's 1e-6, whose reconstruction is "
         "a sum (default: 1e-6)")  # fmt: skip
