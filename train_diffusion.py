@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 from dct import DCTStatistics, ebfr_weights, psnr_per_keep
 from sample import (Diffusion, Images, InputError, build_network, choose_device, generate, generator, like,
-                    load_weights, make_codec, parse_model, progress, read_checkpoint, run_program, save_grid, short_name, target,
-                    write_atomically)  # fmt: skip
+                    load_weights, make_codec, parse_model, progress, read_checkpoint, run_program, save_grid, short_name,
+                    target, write_atomically)  # fmt: skip
 from spectral_losses import band_error
 
 # ---- set-up: processes, data order ------------------------------------------------------------------------
