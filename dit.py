@@ -171,6 +171,7 @@ class DiT(nn.Module):
         if hidden_size % 4 or hidden_size % num_heads:
             raise ValueError(f"hidden_size {hidden_size} must be a multiple of 4 and of num_heads {num_heads}")
         self.patch_size, self.token_dim = patch_size, token_dim
+        self.num_tokens, self.width, self.depth = num_tokens, hidden_size, depth  # of the hidden tokens of `tap`
         self.out_channels = (1 + learn_sigma) * (in_channels if token_dim is None else token_dim)
         self.x_embedder = PatchEmbed(in_channels, patch_size, hidden_size, token_dim)
         self.t_embedder = TimestepEmbedder(hidden_size)

@@ -1,18 +1,26 @@
-"""Frozen image encoders: features to score samples with and, later, to align a diffusion network to (REPA).
-
-An encoder is any torch.hub entry point whose module has DINOv2's `forward_features(x)`: patch tokens
-"x_norm_patchtokens" (N, T, D) and, where there is one, "x_norm_clstoken" (N, D), for ImageNet-normalised x.
+"""Representation alignment: a diffusion network's hidden tokens learn to predict a frozen encoder's (REPA, arXiv
+2410.06940; iREPA; REPA-DoG of Spectrum Matching, arXiv 2603.14645, section 3.5).
 
     encoder = load_encoder("facebookresearch/dinov2:dinov2_vitb14")     # downloaded by torch.hub
     encoder = load_encoder("some/folder:entry")                         # a folder with a hubconf.py
-    tokens, summary = encoder(images)                                   # images (N, 3, H, W) in [-1, 1]
+    encoder = load_encoder("hog")                                       # oriented gradients: no weights at all
+
+    tokens, summary = encoder(images)                                   # (N, 3, H, W) in [-1, 1] -> (N, T, D), (N, D)
+    target = dog_target(resize_tokens(tokens, 16), 0.6, 2.0)            # or irepa_target, or the tokens themselves
+    loss = alignment_loss(projector(hidden), target).mean()             # hidden (N, 256, width) of the noisy input
+
+What a target keeps of the tokens is measured by `lds` here and by rmsc and directional_energy of spectral_losses.py.
 """
 
+import math
+import traceback
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+# ---- encoders ---------------------------------------------------------------------------------------------
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PATCH_ENCODER_SIZE = 224  # pixels given to an encoder that has a patch size (rounded to a multiple of it)
@@ -21,45 +29,191 @@ PATCH_ENCODER_SIZE = 224  # pixels given to an encoder that has a patch size (ro
 class Encoder(nn.Module):
     """A frozen network with the preprocessing it expects. (N, 3, H, W) in [-1, 1] -> tokens (N, T, D), summary (N, D)
 
-    Images are normalised with ImageNet's mean and std; a network with a `patch_size` gets them resized
-    (bicubic, antialiased) to 224 pixels or the nearest multiple of its patch below, others as they are.
+    The network has DINOv2's `forward_features(x)`: patch tokens "x_norm_patchtokens" (N, T, D) and, where there is one,
+    "x_norm_clstoken" (N, D). Images are normalised with ImageNet's mean and std; a network with a `patch_size` gets
+    them resized (bicubic, antialiased) to `resolution` or the nearest multiple of its patch below, others as they are.
+    Raises ValueError where there are no patch tokens.
     """
 
-    def __init__(self, network):
+    def __init__(self, network, resolution=PATCH_ENCODER_SIZE):
         super().__init__()
         self.network = network.eval().requires_grad_(False)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
         patch = getattr(network, "patch_size", None)
         patch = patch[0] if isinstance(patch, (tuple, list)) else patch
-        self.resolution = PATCH_ENCODER_SIZE // patch * patch if patch else None
+        self.resolution = max(1, resolution // patch) * patch if patch else None
 
     def forward(self, images):
         x = ((images.float() + 1) / 2 - self.mean) / self.std
         if self.resolution and x.shape[-2:] != (self.resolution, self.resolution):
             x = F.interpolate(x, (self.resolution, self.resolution), mode="bicubic", antialias=True)
         features = self.network.forward_features(x)
-        tokens = features["x_norm_patchtokens"]
+        tokens = features.get("x_norm_patchtokens") if isinstance(features, dict) else None
+        if tokens is None or tokens.ndim != 3:
+            raise ValueError("its forward_features returns no patch tokens: a dict with x_norm_patchtokens (N, T, D)")
         return tokens, features.get("x_norm_clstoken", tokens.mean(1))
 
 
-def load_encoder(spec, device="cpu"):
-    """`Encoder` of SPEC = REPO:ENTRY, REPO a local folder with a hubconf.py, else a repository torch.hub downloads.
+class HOG(nn.Module):
+    """Dense histograms of oriented gradients (Dalal & Triggs, CVPR 2005; normalised as by Felzenszwalb et al., PAMI
+    2010), an encoder without weights.
 
-    Raises ValueError where SPEC has another form, the entry does not exist or cannot be fetched, or its module
-    has no `forward_features`.
+    (N, 3, H, W) in [-1, 1] -> tokens (N, (H/8)(W/8), 36), their mean (N, 36). The gradient of the channel where it is
+    strongest votes, by its length, linearly for the two nearest of 9 unsigned orientations of its 8 x 8 cell; a token
+    is its cell's histogram, normalised in each of the four 2 x 2 blocks of cells that hold it (clipped at 0.2).
+    Raises ValueError where 8 does not divide H and W.
     """
+
+    CELL, ORIENTATIONS, CLIP = 8, 9, 0.2
+
+    def forward(self, images):
+        if images.shape[-2] % self.CELL or images.shape[-1] % self.CELL:
+            raise ValueError(f"hog: images of {images.shape[-2]}x{images.shape[-1]}, no multiples of {self.CELL} pixels")
+        x = F.pad(images.float(), (1, 1, 1, 1), mode="replicate")
+        dx, dy = x[..., 1:-1, 2:] - x[..., 1:-1, :-2], x[..., 2:, 1:-1] - x[..., :-2, 1:-1]  # (N, 3, H, W)
+        length, strongest = torch.hypot(dx, dy).max(1, keepdim=True)  # (N, 1, H, W)
+        angle = torch.atan2(dy.gather(1, strongest), dx.gather(1, strongest)) % math.pi
+        place = angle / math.pi * self.ORIENTATIONS - 0.5  # bin k is centred on (k + 1/2) pi / 9
+        below = place.floor()
+        votes = torch.zeros(len(x), self.ORIENTATIONS, *length.shape[-2:], device=x.device)
+        votes.scatter_add_(1, below.long() % self.ORIENTATIONS, length * (1 - (place - below)))
+        votes.scatter_add_(1, (below.long() + 1) % self.ORIENTATIONS, length * (place - below))
+        cells = F.avg_pool2d(votes, self.CELL)  # (N, 9, h, w)
+        cells = F.pad(cells, (1, 1, 1, 1), mode="replicate")
+        energy = F.avg_pool2d(cells.square().sum(1, keepdim=True), 2, stride=1)  # (N, 1, h + 1, w + 1), of the blocks
+        scale = (4 * energy + 1e-6).rsqrt()
+        inner, h, w = cells[..., 1:-1, 1:-1], cells.shape[-2] - 2, cells.shape[-1] - 2
+        blocks = [(inner * scale[..., i : i + h, j : j + w]).clamp_max(self.CLIP) for i in (0, 1) for j in (0, 1)]
+        tokens = torch.cat(blocks, 1).flatten(2).mT  # (N, h w, 36)
+        return tokens, tokens.mean(1)
+
+
+def load_encoder(spec, device="cpu", resolution=PATCH_ENCODER_SIZE):
+    """The encoder of SPEC: "hog", or REPO:ENTRY, REPO a local folder with a hubconf.py, else a repository torch.hub
+    downloads. `resolution`: pixels given to one that has a patch size.
+
+    Raises ValueError, naming address and folder, where SPEC has another form, the entry does not exist or it or its
+    weights cannot be fetched, or its module has no `forward_features`.
+    """
+    if spec == "hog":
+        return HOG().to(device)
     repo, colon, entry = spec.rpartition(":")
     if not (colon and repo and entry):
-        raise ValueError(f"encoder {spec!r} is not REPO:ENTRY, such as facebookresearch/dinov2:dinov2_vitb14")
+        raise ValueError(f"encoder {spec!r} is neither hog nor REPO:ENTRY, such as facebookresearch/dinov2:dinov2_vitb14")
     local = Path(repo).is_dir()
     if local and not (Path(repo) / "hubconf.py").is_file():
         raise ValueError(f"encoder folder {repo} holds no hubconf.py")
     try:
         network = torch.hub.load(repo, entry, source="local" if local else "github", trust_repo=True)
     except Exception as error:  # whatever the repository's own code raises
-        where = "the local folder" if local else f"https://github.com/{repo}, cached in {torch.hub.get_dir()},"
-        raise ValueError(f"encoder {spec}: {where} gave no entry {entry!r} ({error})") from error
+        frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
+        urls = [known["url"] for known in frames if isinstance(known.get("url"), str)]  # what was being fetched
+        if local and not urls:
+            raise ValueError(f"encoder {spec}: the local folder gave no entry {entry!r} ({error})") from error
+        raise ValueError(
+            f"encoder {spec}: {urls[-1] if urls else f'https://github.com/{repo}'} could not be fetched into "
+            f"{torch.hub.get_dir()} ({error}). Put the file there yourself (into checkpoints/ if it holds weights), or "
+            f"name a local copy of the repository as FOLDER:{entry}, a folder with a hubconf.py"
+        ) from error
     if not callable(getattr(network, "forward_features", None)):
         raise ValueError(f"encoder {spec}: its module has no forward_features, as DINOv2's have")
-    return Encoder(network).to(device)
+    return Encoder(network, resolution).to(device)
+
+
+# ---- targets ----------------------------------------------------------------------------------------------
+
+EPS = 1e-6  # beside a standard deviation [code]
+
+
+def as_map(tokens):
+    """(N, T, D) in raster order -> (N, D, g, g). Raises ValueError where T is no square."""
+    side = math.isqrt(tokens.shape[1])
+    if side**2 != tokens.shape[1]:
+        raise ValueError(f"{tokens.shape[1]} tokens form no square grid")
+    return tokens.mT.unflatten(2, (side, side))
+
+
+def resize_tokens(tokens, side):
+    """(N, T, D) on a square grid -> (N, side^2, D), bilinear, antialiased where it gets smaller."""
+    field = as_map(tokens)
+    if field.shape[-1] == side:
+        return tokens
+    return F.interpolate(field.float(), (side, side), mode="bilinear", antialias=True).flatten(2).mT
+
+
+def blur_matrix(side, sigma, device=None):
+    """Gaussian averages along one axis as a matrix (side, side), its rows renormalised to sum 1: at a border, what lies
+    beyond has no weight. sigma 0 is the identity, infinity the mean.
+    """
+    at = torch.arange(side, dtype=torch.float64, device=device)
+    squared = (at[:, None] - at).square()
+    weights = torch.exp(-squared / (2 * sigma**2)) if sigma else torch.eye(side, dtype=torch.float64, device=device)
+    return (weights / weights.sum(1, keepdim=True)).float()
+
+
+def blur(field, sigma):
+    """(N, D, h, w) -> the same, smoothed by a Gaussian of sigma positions, renormalised at the borders."""
+    rows, cols = (blur_matrix(side, sigma, field.device) for side in field.shape[-2:])
+    return rows @ field @ cols.mT
+
+
+def irepa_target(tokens, gamma=0.6):
+    """iREPA's spatial normalisation: (z - gamma mean) / (std + 1e-6), over the tokens. (N, T, D) -> (N, T, D)"""
+    z = tokens.float()
+    centred = z - gamma * z.mean(1, keepdim=True)
+    return centred / (z.std(1, correction=0, keepdim=True) + EPS)
+
+
+def dog_target(tokens, sigma1, sigma2):
+    """REPA-DoG (section 3.5): H = G_s1 * Z - G_s2 * Z, a band-pass on the token grid, over its spatial std + 1e-6.
+
+    Sigmas in tokens, sigma1 < sigma2; 0 leaves the tokens as they are and inf takes their mean, so that (0, inf) is
+    `irepa_target` with gamma 1. A constant field gives 0. (N, T, D) on a square grid -> (N, T, D). Raises ValueError.
+    """
+    if not 0 <= sigma1 < sigma2:
+        raise ValueError(f"sigmas {sigma1:g} {sigma2:g}: the first must be the smaller, and not negative")
+    z = as_map(tokens.float())
+    z = z - z.mean((2, 3), keepdim=True)  # both blurs keep it: taken out first, its rounding is not enlarged below
+    h = (blur(z, sigma1) - blur(z, sigma2)).flatten(2).mT  # (N, T, D)
+    return h / (h.std(1, correction=0, keepdim=True) + EPS)
+
+
+# ---- alignment --------------------------------------------------------------------------------------------
+
+
+class MLPProjector(nn.Sequential):
+    """REPA's projector, each token by itself: three layers with SiLUs between. (N, T, dim) -> (N, T, target_dim)"""
+
+    def __init__(self, dim, target_dim, width=2048):
+        super().__init__(nn.Linear(dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+                         nn.Linear(width, target_dim))  # fmt: skip
+
+
+class ConvProjector(nn.Module):
+    """iREPA's projector, which sees the neighbours: a 3x3 convolution. (N, T, dim) -> (N, T, target_dim), T a square"""
+
+    def __init__(self, dim, target_dim):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, target_dim, 3, padding=1)
+
+    def forward(self, tokens):
+        return self.conv(as_map(tokens)).flatten(2).mT
+
+
+def alignment_loss(student, target):
+    """- mean cosine over the tokens, of two (N, T, D) -> (N,), -1 at best (REPA, equation 6)."""
+    return -F.cosine_similarity(student.float(), target.float(), dim=2).mean(1)
+
+
+def lds(tokens):
+    """Local against distant similarity (iREPA's measure of spatial structure): the mean cosine of token pairs nearer
+    than half the grid, in Manhattan distance, minus that of the others. (N, T, D) on a square grid -> (N,)
+    """
+    u = F.normalize(as_map(tokens.float()).flatten(2), dim=1)  # (N, D, T)
+    side = math.isqrt(u.shape[2])
+    at = torch.cartesian_prod(*2 * (torch.arange(side, device=u.device),))  # (T, 2)
+    distance = (at[:, None] - at).abs().sum(2)  # (T, T)
+    cosines, near = u.mT @ u, (distance < side / 2) & (distance > 0)
+    far = distance >= side / 2
+    return (cosines * near).sum((1, 2)) / near.sum().clamp_min(1) - (cosines * far).sum((1, 2)) / far.sum().clamp_min(1)

@@ -3,6 +3,7 @@
     python sample.py runs/first --n 64                               # PNG files and a grid
     torchrun --nproc_per_node=8 sample.py runs/first -n 50000 --score photos/
     python sample.py runs/first --trajectory                         # low frequencies come first
+    python sample.py --ckpt DiT-XL-2-256x256.pt --model dit-xl/2 --vae sd-vae.ckpt --classes 207 360 --guidance 4
 
 Image i depends on the seed and i alone, not on batch size or number of processes; images already there are
 skipped, so an interrupted command goes on when typed again.
@@ -37,7 +38,7 @@ from dit import DIT_SIZES, DiT
 from repa import load_encoder
 from spectral_losses import psd
 from uvit import UVIT_SIZES, UViT
-from vae import VAE, infer_shape
+from vae import VAE, infer_shape, sample_posterior
 
 
 progress = functools.partial(tqdm, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30)
@@ -283,6 +284,25 @@ class VP:
         return -sigma, alpha  # coefficients of x0 and e in v
 
 
+class StableDiffusionVP(VP):
+    """VP with Stable Diffusion's schedule, sqrt(beta) linear in t (arXiv 2112.10752; published latent U-ViTs)."""
+
+    ROOT0, ROOT1 = math.sqrt(0.85), math.sqrt(12.0)  # of beta(t), over t in [0, 1]
+
+    def log_abar(self, t):
+        rise = self.ROOT1 - self.ROOT0
+        return -((self.ROOT0 + rise * t) ** 3 - self.ROOT0**3) / (3 * rise)
+
+    def t_of_lambda(self, lam):
+        rise = self.ROOT1 - self.ROOT0
+        need = F.softplus(math.log(self.c) - 2 * lam)  # -log abar
+        return ((3 * rise * need + self.ROOT0**3) ** (1 / 3) - self.ROOT0) / rise
+
+    def beta(self, t):
+        beta = (self.ROOT0 + (self.ROOT1 - self.ROOT0) * t) ** 2
+        return beta / (1 + (self.c - 1) * self.log_abar(t).exp())
+
+
 class Flow:
     """Linear path x_t = (1 - t) x0 + t e with v = e - x0 (SiT, arXiv 2401.08740). SNR scaling by c moves the times
     at which it is trained and sampled, SNR(time(u)) = c SNR(u), as SD3 does for resolution (2403.03206, section 5.3.2).
@@ -303,6 +323,7 @@ class Flow:
         return -torch.ones_like(sigma), torch.ones_like(alpha)
 
 
+PATHS = {"vp": VP, "vp-sd": StableDiffusionVP, "flow": Flow}
 PREDICTIONS = ("eps", "v", "x0")
 LEAST_SIGMA = 1e-4  # to divide by, with x0 prediction: sigma(0) of the flow is 0
 
@@ -426,6 +447,7 @@ SAMPLERS = {  # by path, the default first
     },
     "flow": {"euler": euler_flow, "heun": heun, "sde": flow_sde},
 }
+SAMPLERS["vp-sd"] = SAMPLERS["vp"]
 
 
 # ---- the model and its checkpoint -------------------------------------------------------------------------
@@ -438,7 +460,9 @@ def parse_model(name):
     table = {"uvit": (UViT, UVIT_SIZES), "dit": (DiT, DIT_SIZES)}.get(kind, (None, {}))
     if size not in table[1] or (slash and not (patch.isdigit() and int(patch) > 0)):
         names = [f"uvit-{s}" for s in UVIT_SIZES] + [f"dit-{s}" for s in DIT_SIZES]
-        raise InputError(f"--model {name}: unknown; it takes {', '.join(names)}, with /PATCH in pixel space (dit-b/2)")
+        raise InputError(
+            f"--model {name}: unknown; it takes {', '.join(names)}, with /PATCH in pixel and latent space (dit-b/2)"
+        )
     return table[0], table[1][size], int(patch) if slash else None
 
 
@@ -456,11 +480,13 @@ def build_network(config):
         codec = make_codec(config)
         kwargs |= dict(num_tokens=codec.num_tokens, token_dim=codec.token_dim)
     else:
-        patch, names = patch or max(1, config["size"] // 16), ("img_size", "in_chans")
-        names = ("input_size", "in_channels") if network is DiT else names
-        kwargs |= {names[0]: config["size"], names[1]: 3, "patch_size": patch}
+        latent = config["space"] == "latent"
+        channels, side = config["latent_shape"][:2] if latent else (3, config["size"])
+        patch = patch or (LATENT_PATCH if latent else max(1, side // 16))
+        names = ("input_size", "in_channels") if network is DiT else ("img_size", "in_chans")
+        kwargs |= {names[0]: side, names[1]: channels, "patch_size": patch}
     try:
-        return network(**kwargs)
+        return network(**kwargs | config.get("network", {}))
     except ValueError as error:
         raise InputError(f"--model {config['model']} at --size {config['size']}: {error}") from error
 
@@ -474,32 +500,56 @@ def make_codec(config):
         ) from error
 
 
+LATENT_PATCH = 2  # of networks on latents, unless --model says /PATCH
+
+
 class Diffusion:
     """A network with its path, prediction and space: images in, images out.
 
-    config, plain values: space ("pixel" or "dct"), size, model, path ("vp" or "flow"), snr_scale, predict,
-    classes (names, or None), label_dropout; in DCT space also block, keep, eta.
+    config, plain values: space ("pixel", "dct" or "latent"), size, model, path (of PATHS), snr_scale, predict,
+    classes (names, or None), label_dropout; in DCT space also block, keep, eta; in latent space latent_shape
+    [C, h, w], scale (1 / std of the latents), autoencoder (hash of its weights). Published weights add network (more
+    arguments of it) and reversed (SiT: it is shown 1 - t and gives -v). vae: the frozen autoencoder, in latent space.
     """
 
-    def __init__(self, config, network=None):
+    def __init__(self, config, network=None, vae=None):
         self.config, self.predict, self.classes = config, config["predict"], config["classes"]
-        self.path = (VP if config["path"] == "vp" else Flow)(config["snr_scale"])
+        self.path, self.vae = PATHS[config["path"]](config["snr_scale"]), vae
         self.codec = make_codec(config) if config["space"] == "dct" else None
         self.network = network or build_network(config)
         # As published: DiT and U-ViT are called with 999 t, SiT, which is DiT on the flow path, with t in 0..1.
         self.time_scale = 1.0 if config["path"] == "flow" and isinstance(self.network, DiT) else 999.0
         size = config["size"]
         self.shape = (self.codec.num_tokens, self.codec.token_dim) if self.codec else (3, size, size)
+        if config["space"] == "latent":
+            self.shape = tuple(config["latent_shape"])
 
-    def encode(self, images):
-        """(N, 3, S, S) in [-1, 1] -> what the network works on, (N, *shape)."""
+    def encode(self, images, noise=None):
+        """(N, 3, S, S) in [-1, 1] -> what the network works on, (N, *shape). Of latents: a sample of the posterior, by
+        noise (N, *shape), or its mean.
+        """
+        if self.config["space"] == "latent":
+            with torch.no_grad():
+                return self.from_moments(*self.vae.encode(images), noise)
         return self.codec.encode(images) if self.codec else images
+
+    def from_moments(self, mean, logvar, noise=None):
+        """The same from what the autoencoder makes of images, each (N, *shape), as latent caches hold it."""
+        return self.config["scale"] * (mean if noise is None else sample_posterior(mean, logvar, noise))
 
     def decode(self, x):
         """(N, *shape) -> images (N, 3, S, S) in [-1, 1]."""
+        if self.config["space"] == "latent":
+            return self.vae.decode(x / self.config["scale"]).clamp(-1, 1)
         return self.codec.decode(x) if self.codec else x.clamp(-1, 1)
 
+    def field(self, x):
+        """What spectra are taken of: images, in latent space the latents themselves."""
+        return x if self.config["space"] == "latent" else self.decode(x)
+
     def output(self, network, x, t, y=None, drop=None):
+        if self.config.get("reversed"):
+            return -network(x, (1 - t) * self.time_scale, y, drop)
         return network(x, t * self.time_scale, y, drop)
 
     def denoiser(self, y=None, guidance=1.0, interval=(0.0, 1.0)):
@@ -533,8 +583,29 @@ def read_checkpoint(path, kind="diffusion"):
         raise InputError(
             f"{path}: no checkpoint.pt in it yet{partial}; training writes it at --save-every and at its end"
         )
+    checkpoint = load_plain(file)
+    missing = {"config", "model", "ema", "step"} - checkpoint.keys()
+    program, other = "train_diffusion.py", "train_vae.py"
+    if kind == "autoencoder":
+        if missing:
+            return published_autoencoder(checkpoint, file)
+        program, other = other, program
+    elif missing:
+        raise InputError(
+            f"{file}: no checkpoint of {program}, it lacks {', '.join(sorted(missing))}; published weights of a DiT, SiT "
+            "or U-ViT take sample.py --ckpt FILE --model NAME --vae FILE"
+        )
+    if ("widths" in checkpoint["config"]) != (kind == "autoencoder"):
+        raise InputError(f"{file}: a checkpoint of {other}; give one of {program}")
+    return checkpoint
+
+
+def load_plain(file):
+    """The dict of tensors and plain values in a file of torch.save. Raises InputError; runs no code."""
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(f"{file}: no such file") from error
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{file}: refused, it holds more than tensors and plain values, or is no checkpoint"
@@ -543,18 +614,7 @@ def read_checkpoint(path, kind="diffusion"):
         raise InputError(
             f"{file}: cannot be read as a checkpoint ({type(error).__name__} {str(error)[:120]})"
         ) from error
-    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
-    missing = {"config", "model", "ema", "step"} - checkpoint.keys()
-    program, other = "train_diffusion.py", "train_vae.py"
-    if kind == "autoencoder":
-        if missing:
-            return published_autoencoder(checkpoint, file)
-        program, other = other, program
-    elif missing:
-        raise InputError(f"{file}: no checkpoint of {program}, it lacks {', '.join(sorted(missing))}")
-    if ("widths" in checkpoint["config"]) != (kind == "autoencoder"):
-        raise InputError(f"{file}: a checkpoint of {other}; give one of {program}")
-    return checkpoint
+    return checkpoint if isinstance(checkpoint, dict) else {}
 
 
 def run_folder(path):
@@ -591,6 +651,76 @@ def load_autoencoder(path, device):
     return vae.to(device, torch.float32).eval(), info | {"weights": fingerprint(state)}
 
 
+SD_SCALE = 0.18215  # of SD-VAE latents, in every published latent model
+
+
+def published_network(file, name, vae=None):
+    """A published DiT, SiT or U-ViT from its checkpoint -> (config of `Diffusion`, state dict). Kind and shape are read
+    off its keys; the heads of attention, and whether it is a DiT or a SiT, only `name` tells (sit-xl/2). Raises
+    InputError where they do not fit, or where a latent model finds no `vae`, (VAE, info) of `load_autoencoder`.
+    """
+    state = strip_prefixes(load_plain(file))
+    for part in ("ema", "state_dict", "model"):  # of training checkpoints, the first that is there
+        if isinstance(state.get(part), dict):
+            state = strip_prefixes(state[part])
+            break
+    from_repa = any(key.startswith("projectors.") for key in state)
+    state = {key: value for key, value in state.items() if not key.startswith("projectors.")}
+    kind, (base, _, patch_named) = name.lower().partition("-")[0], name.lower().partition("/")
+    kinds = {"x_embedder.proj.weight": ("dit", "sit"), "patch_embed.proj.weight": ("uvit",)}
+    embedding, families = next(((key, kinds[key]) for key in kinds if key in state), (None, ()))
+    if not families:
+        raise InputError(f"--ckpt {file}: its keys are no DiT's, SiT's or U-ViT's on maps ({', '.join(list(state)[:3])} ...)")
+    if kind not in families:
+        raise InputError(f"--ckpt {file}: its keys are a {' or '.join(families)}'s, --model {name} is none")
+    parse_model(name.lower().replace("sit-", "dit-", 1))  # raises on an unknown size
+    _, channels, patch, _ = state[embedding].shape
+    table = state.get("y_embedder.embedding_table.weight", state.get("label_emb.weight"))
+    rows, config = 0 if table is None else len(table), {"predict": "eps", "path": "vp", "snr_scale": 1.0}
+    if kind == "uvit":
+        extras = 1 + bool(rows)
+        config["network"] = {"conv": "final_layer.weight" in state, "mlp_time_embed": "time_embed.0.weight" in state,
+                             "qkv_bias": "mid_block.attn.qkv.bias" in state, "num_classes": rows or -1,
+                             "mlp_ratio": len(state["mid_block.mlp.fc1.weight"]) / len(state["mid_block.norm1.weight"])}  # fmt: skip
+        config["path"] = "vp" if channels == 3 else "vp-sd"
+        null = rows != 1000  # ImageNet's 1000 rows hold no null class, 1001 do
+    else:
+        extras, null = 0, True
+        out = state["final_layer.linear.weight"].shape[0] // patch**2
+        for key in ("final_layer.linear.weight", "final_layer.linear.bias"):  # (p p out, ...): keep the noise or velocity
+            state[key] = state[key].unflatten(0, (patch**2, out))[:, :channels].flatten(0, 1)
+        if kind == "sit":  # its own release runs from noise at t = 0 to data at 1, REPA's like ours
+            config |= {"path": "flow", "predict": "v", "reversed": not from_repa}
+    side = math.isqrt(state["pos_embed"].shape[1] - extras) * patch
+    if patch_named and patch != int(patch_named):
+        raise InputError(f"--model {name}: {file} has patches of {patch}")
+    config |= {"space": "pixel", "size": side, "model": f"{base.replace('sit', 'dit')}/{patch}",
+               "classes": [str(i) for i in range(rows - null)] if rows else None, "label_dropout": 0.1 * (null and rows > 0)}  # fmt: skip
+    if channels != 3:
+        if vae is None:
+            raise InputError(f"--ckpt {file}: a model of {channels}-channel latents; --vae FILE names the SD-VAE's weights")
+        if vae[0].latent_channels != channels:
+            raise InputError(f"--vae: latents of {vae[0].latent_channels} channels, {file} takes {channels}")
+        config |= {"space": "latent", "size": side * vae[0].factor, "latent_shape": [channels, side, side],
+                   "scale": SD_SCALE, "autoencoder": vae[1]["weights"]}  # fmt: skip
+    elif vae is not None:
+        raise InputError(f"--vae: {file} is a model of pixels; leave it out")
+    return config, state
+
+
+def open_autoencoder(path, device, wanted=None, wanted_by=None):
+    """`load_autoencoder`, the hash of its weights compared with that of the autoencoder that made the latents."""
+    if not Path(path).exists():
+        raise InputError(f"{path}: no such autoencoder; --vae RUN_OR_FILE names the one that made the latents ({wanted})")
+    vae, info = load_autoencoder(path, device)
+    if wanted not in (None, info["weights"]):
+        raise InputError(
+            f"{path}: another autoencoder ({info['weights']}) than made the latents of {wanted_by} ({wanted}); "
+            "--vae RUN_OR_FILE names the right one"
+        )
+    return vae, info
+
+
 def fingerprint(state):
     """Hash of a state dict's values: two models that draw different images differ in it."""
     digest = hashlib.sha256()
@@ -599,9 +729,14 @@ def fingerprint(state):
     return digest.hexdigest()[:16]
 
 
+def strip_prefixes(state):
+    """Keys without what DDP and torch.compile put before them."""
+    return {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in state.items()}
+
+
 def load_weights(network, state, source, assign=False):
-    """Strict load, the prefixes of DDP and torch.compile stripped. Raises InputError on another architecture."""
-    state = {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in state.items()}
+    """Strict load, prefixes stripped. Raises InputError on another architecture."""
+    state = strip_prefixes(state)
     try:
         network.load_state_dict(state, assign=assign)
     except RuntimeError as error:
@@ -625,7 +760,7 @@ def generate(diffusion, indices, seed, device, y=None, sampler=None, steps=50, g
              trace=None):  # fmt: skip
     """Images number `indices` of a seed -> (n, 3, S, S) in [-1, 1]. The noise of each comes from (seed, its index).
 
-    y (n,) classes on `device`, or None. trace(t, images): called with the prediction of x0 at every evaluation.
+    y (n,) classes on `device`, or None. trace(t, x0): called with the prediction of x0 at every evaluation.
     """
     generators = [generator(seed, int(i)) for i in indices]
 
@@ -636,7 +771,7 @@ def generate(diffusion, indices, seed, device, y=None, sampler=None, steps=50, g
 
     def traced(x, t):
         x0, eps = denoise(x, t)
-        trace(t[0].item(), diffusion.decode(x0))
+        trace(t[0].item(), x0)
         return x0, eps
 
     samplers = SAMPLERS[diffusion.config["path"]]
@@ -835,18 +970,18 @@ def crop_text(size):
 
 def trajectory(diffusion, protocol, args, stem, device, columns=10, rows=8):
     """Write the x0 predictions along one sampling run as a strip, and print the share of every radial band recovered
-    so far (its power in the prediction over its power at the end): low frequencies come first (DCTdiff, section 3).
-    Beside it, the t where the forward process drowns the band: its SNR falls below 1.
+    so far (its power in the prediction over its power at the end; in latent space, of the latents): low frequencies
+    come first (DCTdiff, section 3). Beside it, the t where the forward process drowns the band: its SNR falls below 1.
     """
     labels, seen = protocol["classes"], []
     y = torch.tensor([labels[i % len(labels)] for i in range(rows)], device=device) if labels else None
     final = generate(diffusion, range(rows), args.seed, device, y, protocol["sampler"], protocol["steps"],
                      protocol["guidance"], protocol["guidance_interval"], lambda t, x: seen.append((t, x)))  # fmt: skip
     shown = [seen[round(k)] for k in np.linspace(0, len(seen) - 1, min(columns, len(seen)))]
-    strip = torch.stack([images for _, images in shown] + [final], 1).flatten(0, 1)
+    strip = torch.stack([diffusion.decode(x0) for _, x0 in shown] + [final], 1).flatten(0, 1)
     print(f"x0 predictions, noise on the left: {save_grid(strip, f'{stem}-trajectory.png', len(shown) + 1)}")
-    power = psd(final).mean(0)  # (bands,)
-    shares = torch.stack([psd(images).mean(0) / power for _, images in shown], 1).cpu()  # (bands, columns)
+    power = psd(seen[-1][1] if diffusion.vae else final).mean(0)  # (bands,)
+    shares = torch.stack([psd(diffusion.field(x0)).mean(0) / power for _, x0 in shown], 1).cpu()  # (bands, columns)
     noise = diffusion.codec.eta / 127.5 if diffusion.codec else 1.0  # std of a coefficient's noise, images in [-1, 1]
     t = torch.linspace(1e-3, 1, 1000, dtype=torch.float64)
     alpha, sigma = diffusion.path.alpha_sigma(t)
@@ -876,6 +1011,28 @@ def run_program(main, args):
         sys.exit(130)
 
 
+def open_model(args, device):
+    """-> (config, weights, step, the frozen VAE or None) of a run, or of published weights. Raises InputError."""
+    if bool(args.run) == bool(args.ckpt):
+        raise InputError("name a run folder of train_diffusion.py, or published weights by --ckpt FILE --model NAME")
+    if args.ckpt:
+        if not args.model:
+            raise InputError(f"--ckpt {args.ckpt}: --model NAME says which network it is of, such as dit-xl/2")
+        vae = load_autoencoder(args.vae, device) if args.vae else None
+        config, weights = published_network(args.ckpt, args.model, vae)
+        return config, weights, 0, vae and vae[0]
+    if args.model:
+        raise InputError(f"--model {args.model}: is for --ckpt; {args.run} says itself what it is")
+    checkpoint, vae = read_checkpoint(args.run), None
+    config = checkpoint["config"]
+    if config["space"] == "latent":
+        path = args.vae or run_folder(args.run) / "autoencoder.pt"
+        vae, _ = open_autoencoder(path, device, config["autoencoder"], args.run)
+    elif args.vae:
+        raise InputError(f"--vae {args.vae}: {args.run} works on {config['space']}, without an autoencoder")
+    return config, checkpoint["model" if args.no_ema else "ema"], checkpoint["step"], vae
+
+
 def main(args):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     for flag, value, least in (
@@ -892,8 +1049,7 @@ def main(args):
         if file:
             Path(file).parent.mkdir(parents=True, exist_ok=True)
     device = choose_device(args.device)
-    checkpoint = read_checkpoint(args.run)
-    config = checkpoint["config"]
+    config, weights, step, vae = open_model(args, device)
     samplers = SAMPLERS[config["path"]]
     sampler = args.sampler or next(iter(samplers))
     if sampler not in samplers:
@@ -904,24 +1060,26 @@ def main(args):
         raise InputError(f"--guidance {args.guidance}: this model was trained without classes, nothing can guide it")
     if args.guidance != 1 and not config["label_dropout"]:
         raise InputError(f"--guidance {args.guidance}: trained with --label-dropout 0, this model knows no null class")
-    diffusion, weights = Diffusion(config), checkpoint["model" if args.no_ema else "ema"]
-    load_weights(diffusion.network, weights, args.run)
+    diffusion = Diffusion(config, vae=vae)
+    load_weights(diffusion.network, weights, args.run or args.ckpt)
     diffusion.network.to(device).eval()
 
     reference = features = None
     if args.score and rank == 0 and not args.trajectory:  # whatever is wrong with them shows before an hour of sampling
         reference, features = open_reference(args.score, config["size"]), load_features(args, device)
-    protocol = {"weights": fingerprint(weights), "checkpoint_step": checkpoint["step"], "ema": not args.no_ema,
+    protocol = {"weights": fingerprint(weights), "checkpoint_step": step, "ema": not args.no_ema,
                 "sampler": sampler, "steps": args.steps, "guidance": args.guidance,
                 "guidance_interval": list(args.guidance_interval), "seed": args.seed,
                 "classes": parse_classes(args.classes, config["classes"])}  # fmt: skip
-    name = f"step{checkpoint['step']}-{sampler}{args.steps}-g{args.guidance:g}-seed{args.seed}"
+    protocol |= {"autoencoder": config["autoencoder"]} if config["space"] == "latent" else {}
+    name = Path(args.ckpt).stem if args.ckpt else f"step{step}"
+    name += f"-{sampler}{args.steps}-g{args.guidance:g}-seed{args.seed}"
     if args.guidance_interval != [0, 1]:
         name += "-t{:g}-{:g}".format(*args.guidance_interval)
     if args.classes:
         name += f"-classes{'-'.join(map(str, protocol['classes']))[:40]}"
     name += "-no-ema" * args.no_ema
-    folder = Path(args.out) if args.out else run_folder(args.run) / "samples" / name
+    folder = Path(args.out) if args.out else run_folder(args.run or args.ckpt) / "samples" / name
     if args.trajectory:
         if rank == 0:
             trajectory(diffusion, protocol, args, folder, device)
@@ -944,7 +1102,11 @@ def main(args):
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("run", metavar="RUN_OR_CKPT", help="run folder of train_diffusion.py, or a checkpoint file")
+    add("run", metavar="RUN_OR_CKPT", nargs="?", help="run folder of train_diffusion.py, or a checkpoint file")
+    add("--ckpt", metavar="FILE", help="instead of RUN_OR_CKPT: published weights of a DiT, SiT or U-ViT")
+    add("--model", metavar="NAME", help="their network: dit-xl/2, sit-xl/2, uvit-h/2, ...")
+    add("--vae", metavar="RUN_OR_FILE", help="the autoencoder: SD-VAE weights in their original layout for --ckpt; for a "
+        "run, where its own is elsewhere (default: RUN/autoencoder.pt)")  # fmt: skip
     # -n as well: on Python 3.11, torchrun takes --n for an abbreviation of its own flags
     add("-n", "--n", type=int, default=64, help="images (default: 64)")
     add("--out", metavar="DIR", help="folder of the PNG files (default: in RUN/samples/, named after the settings)")

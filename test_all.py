@@ -27,6 +27,7 @@ import torchvision
 from PIL import Image
 
 import dct
+import repa
 import sample
 import spectral_losses
 import train_diffusion
@@ -861,6 +862,182 @@ def test_lpips_equals_its_definition(lpips_files, tmp_path):
             vae.load_lpips(vgg, file)
 
 
+# ---- repa.py ----------------------------------------------------------------------------------------------
+
+
+def direct_blur(field, sigma):
+    """A Gaussian average at every position by loops over all others; what lies beyond the border has no weight."""
+    out, (h, w) = np.zeros_like(field), field.shape[-2:]
+    for i in range(h):
+        for j in range(w):
+            rows, cols = np.mgrid[:h, :w]
+            weights = np.exp(-((rows - i) ** 2 + (cols - j) ** 2) / (2 * sigma**2))
+            out[..., i, j] = (field * weights).sum((-2, -1)) / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize("low, high", [(0.6, 2.0), (0.3, 0.9), (1.0, 8.0), (2.0, 300.0)])
+def test_dog_target_equals_a_direct_convolution(low, high):
+    z = torch.randn(2, 36, 5, generator=torch.Generator().manual_seed(0)) + 3
+    field = z.mT.unflatten(2, (6, 6)).double().numpy()
+    h = direct_blur(field, low) - direct_blur(field, high)
+    oracle = h / (h.std((2, 3), keepdims=True) + 1e-6)
+    ours = repa.as_map(repa.dog_target(z, low, high)).numpy()
+    np.testing.assert_allclose(ours, oracle, atol=2e-4)
+    # within the grid, where borders play no part, it is scipy's filter
+    z = torch.randn(1, 41 * 41, 1, generator=torch.Generator().manual_seed(1))
+    blurred = repa.blur(repa.as_map(z), low)[0, 0, 16:25, 16:25]
+    filtered = scipy.ndimage.gaussian_filter(z.view(41, 41).double().numpy(), low, truncate=8)[16:25, 16:25]
+    np.testing.assert_allclose(blurred.numpy(), filtered, atol=1e-5)
+
+
+def test_dog_has_irepa_at_its_limits_and_constants_give_zero():
+    z = 2 + torch.randn(3, 64, 7, generator=torch.Generator().manual_seed(0))
+    double = z.double()
+    for gamma in (0.6, 1.0):
+        oracle = (double - gamma * double.mean(1, keepdim=True)) / (double.std(1, correction=0, keepdim=True) + 1e-6)
+        np.testing.assert_allclose(repa.irepa_target(z, gamma).numpy(), oracle.numpy(), atol=1e-5)
+    assert torch.allclose(repa.dog_target(z, 0, float("inf")), repa.irepa_target(z, 1.0), atol=1e-5)
+    assert torch.allclose(repa.dog_target(z, 0.05, 1e5), repa.irepa_target(z, 1.0), atol=1e-4)
+    assert repa.irepa_target(z).dtype == torch.float32 and torch.equal(repa.resize_tokens(z, 8), z)
+    for low, high in ((0, 2.0), (0.6, 2.0), (0, float("inf"))):
+        for level in (1.0, -317.3, 0.1):
+            assert repa.dog_target(torch.full((2, 25, 3), level), low, high).abs().max() < 1e-3
+        # a band-pass: neither a constant nor what is added by one gets through
+        assert torch.allclose(repa.dog_target(z + 5, low, high), repa.dog_target(z, low, high), atol=1e-4)
+    for low, high in ((2.0, 1.0), (1.0, 1.0), (-1.0, 1.0)):
+        with pytest.raises(ValueError, match="sigmas"):
+            repa.dog_target(z, low, high)
+    with pytest.raises(ValueError, match="60 tokens form no square"):
+        repa.dog_target(z[:, :60], 0, 1)
+
+
+def test_hog_by_loops():
+    x = photos(2, 24)
+    tokens, summary = repa.load_encoder("hog")(x)
+    assert tokens.shape == (2, 9, 36) and torch.allclose(summary, tokens.mean(1))
+    padded = np.pad(x[1].double().numpy(), ((0, 0), (1, 1), (1, 1)), mode="edge")
+    cells = np.zeros((3, 3, 9))
+    for i in range(24):
+        for j in range(24):
+            dx, dy = padded[:, i + 1, j + 2] - padded[:, i + 1, j], padded[:, i + 2, j + 1] - padded[:, i, j + 1]
+            channel = np.hypot(dx, dy).argmax()
+            angle = np.arctan2(dy[channel], dx[channel]) % np.pi
+            place = angle / np.pi * 9 - 0.5
+            low = int(np.floor(place))
+            length = np.hypot(dx, dy)[channel] / 64
+            cells[i // 8, j // 8, low % 9] += length * (low + 1 - place)
+            cells[i // 8, j // 8, (low + 1) % 9] += length * (place - low)
+    around = np.pad(cells, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    for i in range(3):
+        for j in range(3):
+            parts = []
+            for a in (0, 1):
+                for b in (0, 1):
+                    block = around[i + a : i + a + 2, j + b : j + b + 2]
+                    parts.append(np.minimum(cells[i, j] / np.sqrt((block**2).sum() + 1e-6), 0.2))
+            np.testing.assert_allclose(tokens[1, 3 * i + j].numpy(), np.concatenate(parts), atol=2e-4)
+    with pytest.raises(ValueError, match="multiples of 8"):
+        repa.HOG()(x[..., :20])
+    turned = repa.HOG()(x.flip(-1))[0].view(2, 3, 3, 4, 9).flip(2)  # a mirror image: cells swap sides, angles their sign
+    assert torch.allclose(turned.flip(-1)[..., [2, 3, 0, 1], :].flatten(3)[:, :, :, :9].sum(), tokens.view(2, 3, 3, 36)[..., :9].sum(), rtol=0.2)
+
+
+class Patches(torch.nn.Module):
+    patch_size = 14
+
+    def forward_features(self, x):
+        self.seen = x
+        return {"x_norm_patchtokens": F.avg_pool2d(x, 14).flatten(2).mT, "x_norm_clstoken": x.mean((2, 3))}
+
+
+def test_encoder_preprocessing():
+    x, (mean, std) = photos(2, 48), (torch.tensor(v).view(3, 1, 1) for v in (repa.IMAGENET_MEAN, repa.IMAGENET_STD))
+    for asked, side in ((224, 16), (448, 32), (100, 7)):
+        net = Patches()
+        tokens, summary = repa.Encoder(net, asked)(x)
+        assert net.seen.shape == (2, 3, 14 * side, 14 * side) and tokens.shape == (2, side**2, 3) and summary.shape == (2, 3)
+        pixels = ((x[0] + 1) * 127.5).round().permute(1, 2, 0).byte().numpy()
+        up = np.asarray(Image.fromarray(pixels).resize((14 * side, 14 * side), Image.Resampling.BICUBIC)) / 255
+        oracle = (torch.from_numpy(up).permute(2, 0, 1) - mean) / std
+        assert (net.seen[0] - oracle).abs().mean() < 0.02
+    assert not any(p.requires_grad for p in repa.Encoder(Colours()).parameters())
+    for features in ({"x_norm_clstoken": x}, x, {"x_norm_patchtokens": x}):
+        net = torch.nn.Identity()
+        net.forward_features = lambda x, features=features: features
+        with pytest.raises(ValueError, match="no patch tokens"):
+            repa.Encoder(net)(x)
+
+
+FETCHING = """
+import torch
+dependencies = ["torch"]
+def entry():
+    torch.hub.load_state_dict_from_url("http://127.0.0.1:9/weights.pth", progress=False)
+def absent():
+    raise RuntimeError("no such thing")
+"""
+
+
+def test_a_failed_fetch_names_address_folder_and_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    (tmp_path / "hubconf.py").write_text(FETCHING)
+    with pytest.raises(ValueError, match=rf"127.0.0.1:9/weights.pth .*{tmp_path}/cache.*FOLDER:entry"):
+        repa.load_encoder(f"{tmp_path}:entry")
+    with pytest.raises(ValueError, match="gave no entry 'absent' .no such thing"):
+        repa.load_encoder(f"{tmp_path}:absent")
+
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "urlopen", offline)
+    with pytest.raises(ValueError, match=rf"https://github.com/no/such.* {tmp_path}/cache.*no network.*FOLDER:vit"):
+        repa.load_encoder("no/such:vit")
+    with pytest.raises(ValueError, match="neither hog nor REPO:ENTRY"):
+        repa.load_encoder("nonsense")
+
+
+def test_projectors_loss_and_lds():
+    g = torch.Generator().manual_seed(0)
+    hidden, z = torch.randn(2, 16, 12, generator=g), torch.randn(2, 16, 7, generator=g)
+    mlp, conv = repa.MLPProjector(12, 7), repa.ConvProjector(12, 7)
+    assert [m.out_features for m in mlp if hasattr(m, "out_features")] == [2048, 2048, 7]
+    assert mlp(hidden).shape == conv(hidden).shape == (2, 16, 7)
+    field = hidden[1].view(4, 4, 12)  # the 3x3 neighbourhood of row 2, column 1, by hand
+    near = torch.einsum("hwc,ochw->o", field[1:4, 0:3], conv.conv.weight) + conv.conv.bias
+    assert torch.allclose(conv(hidden)[1, 2 * 4 + 1], near, atol=1e-5)
+    assert torch.allclose(mlp(hidden)[0, 3], mlp(hidden[0, 3]), atol=1e-5)  # token by token
+    a, b = hidden[..., :7].double().numpy(), z.double().numpy()
+    cosines = (a * b).sum(2) / np.linalg.norm(a, axis=2) / np.linalg.norm(b, axis=2)
+    np.testing.assert_allclose(repa.alignment_loss(hidden[..., :7], z).numpy(), -cosines.mean(1), atol=1e-6)
+    assert torch.allclose(repa.alignment_loss(3 * z, z), -torch.ones(2))
+    u, near, far = b[0] / np.linalg.norm(b[0], axis=1, keepdims=True), [], []
+    for i in range(16):
+        for j in range(16):
+            apart = abs(i // 4 - j // 4) + abs(i % 4 - j % 4)
+            if i != j:
+                (near if apart < 2 else far).append(u[i] @ u[j])
+    assert abs(repa.lds(z)[0].item() - (np.mean(near) - np.mean(far))) < 1e-6
+    smooth = repa.blur(torch.randn(4, 8, 16, 16, generator=g), 2.0).flatten(2).mT
+    assert (repa.lds(smooth) > 0.3).all() and repa.lds(torch.randn(4, 256, 8, generator=g)).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("name", ["dit maps", "uvit tokens"])
+def test_alignment_reaches_the_blocks_up_to_the_tap_alone(name):
+    net = randomised(NETWORKS[name]()).float()
+    shape = (4, 3, 8, 8) if "maps" in name else (4, 16, 6)
+    aligned = train_diffusion.Aligned(net, repa.ConvProjector(net.width, 7), 2)
+    x, t, y, tokens = torch.randn(shape), torch.rand(4), torch.tensor([0, 1, 2, 4]), torch.randn(4, net.num_tokens, 7)
+    output, student = aligned(x, t, y, torch.zeros(4, dtype=torch.bool))
+    assert torch.equal(output, net(x, t, y, torch.zeros(4, dtype=torch.bool)))
+    repa.alignment_loss(student, tokens).mean().backward()
+    late = ("network.blocks.2", "network.blocks.3", "network.mid", "network.out", "network.final", "network.decoder", "network.norm.")
+    reached = {n for n, p in aligned.named_parameters() if p.grad is not None and p.grad.any()}
+    assert {"projector.conv.weight", "projector.conv.bias"} <= reached and not any(n.startswith(late) for n in reached)
+    assert any("blocks.1" in n for n in reached) and any("blocks.0" in n for n in reached)
+    assert net.depth == len([n for n, _ in net.named_modules() if re.fullmatch(r"(in_|out_)?blocks\.\d+|mid_block", n)])
+
+
 # ---- paths and samplers -----------------------------------------------------------------------------------
 
 T = torch.linspace(0.001, 0.999, 97, dtype=torch.float64)
@@ -994,7 +1171,7 @@ def test_every_combination_trains_and_samples():
                                   label_dropout=0.1, block=4, keep=9, eta=400.0)  # fmt: skip
                     diffusion = sample.Diffusion(config)
                     x0, y = diffusion.encode(x), torch.tensor([0, 1])
-                    loss = train_diffusion.diffusion_loss(
+                    loss, _ = train_diffusion.diffusion_loss(
                         diffusion, diffusion.network, x0, torch.randn_like(x0), torch.tensor([0.2, 1.0]), y
                     )
                     assert loss.shape == (2,) and loss.isfinite().all()
@@ -1504,7 +1681,8 @@ def test_nonfinite_steps_are_skipped_and_ten_in_a_row_stop(data, tmp_path, monke
 
     def sometimes_nan(*args, **kwargs):
         calls.append(1)
-        return real(*args, **kwargs) * (float("nan") if len(calls) in bad else 1.0)
+        loss, aligned = real(*args, **kwargs)
+        return loss * (float("nan") if len(calls) in bad else 1.0), aligned
 
     monkeypatch.setattr(train_diffusion, "diffusion_loss", sometimes_nan)
     train(f"--data {data} --out {tmp_path}/some --steps 8")
@@ -1536,7 +1714,7 @@ def test_loss_weights_and_times():
     config = dict(space="dct", size=16, model="dit-nano", path="flow", snr_scale=1.0, predict="x0", classes=None)
     diffusion = sample.Diffusion(config | dict(label_dropout=0.1, block=4, keep=2, eta=400.0))
     x0, t, weights = torch.randn(5, 4, 12), torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0]), torch.rand(12)
-    loss = train_diffusion.diffusion_loss(diffusion, diffusion.network, x0, torch.randn_like(x0), t, weights=weights)
+    loss, _ = train_diffusion.diffusion_loss(diffusion, diffusion.network, x0, torch.randn_like(x0), t, weights=weights)
     expected = (x0.square() * weights).mean((1, 2)) / (t**2 + 0.04)  # the network starts at zero
     assert torch.allclose(loss, expected, rtol=1e-5)
 
@@ -1594,10 +1772,11 @@ def looking(flags):
 
 @pytest.fixture(scope="module")
 def autoencoders(data, tmp_path_factory):
-    """Runs of a few steps with kl and with dsm, shared by the tests that only read them."""
+    """Runs of a few steps with kl and with dsm, and of more with esm, shared by the tests that only read them."""
     runs = tmp_path_factory.mktemp("autoencoders")
     for name in ("kl", "dsm"):
         autoencode(f"--data {data} --out {runs}/{name} --steps 3 --regularizer {name}")
+    autoencode(f"--data {data} --out {runs}/esm --steps 100 --regularizer esm --lr 2e-3")  # latents worth learning
     return runs
 
 
@@ -1641,6 +1820,8 @@ class Colours(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.axes = torch.nn.Linear(3, 8)
+        self.axes.weight.data = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))  # the same in every process
+        self.axes.bias.data.zero_()
 
     def forward_features(self, x):
         return {"x_norm_patchtokens": self.axes(F.adaptive_avg_pool2d(x, 4).flatten(2).mT)}
@@ -1842,8 +2023,8 @@ def test_latent_cache(autoencoders, data, tmp_path, capsys):
     looking(f"--encode {data} --ckpt {autoencoders}/kl --out {tmp_path}/one.latents --batch 7")
     out = capsys.readouterr().out
     assert "48 images and mirror images" in out and "MiB" in out
-    one = train_diffusion.Latents(tmp_path / "one.latents")
-    assert one.moments.shape == (48, 2, 8, 4, 4) and (one.status == 1).all()
+    one = train_diffusion.Cache(tmp_path / "one.latents")
+    assert one.values.shape == (48, 2, 8, 4, 4) and (one.status == 1).all()
     assert one.header["classes"] == ["left", "right", "up"] and one.header["factor"] == 4
     assert one.labels.tolist() == Images(str(data), 16).labels
     net, info = sample.load_autoencoder(autoencoders / "kl", "cpu")
@@ -1853,7 +2034,7 @@ def test_latent_cache(autoencoders, data, tmp_path, capsys):
     for view, place in ((x, 0), (x.flip(-1), 1)):
         mean, logvar = net.encode(view)
         moments.append((mean, logvar))
-        np.testing.assert_allclose(one.moments[:, place], torch.cat((mean, logvar), 1).numpy(), rtol=2e-3, atol=2e-3)
+        np.testing.assert_allclose(one.values[:, place], torch.cat((mean, logvar), 1).numpy(), rtol=2e-3, atol=2e-3)
     mean, logvar = (torch.cat(part) for part in zip(*moments))
     std = ((mean.square() + logvar.exp()).mean() - mean.mean() ** 2).sqrt().item()
     assert abs(one.header["scale"] * std - 1) < 2e-3
@@ -1861,12 +2042,12 @@ def test_latent_cache(autoencoders, data, tmp_path, capsys):
     before = (tmp_path / "one.latents").read_bytes()
     looking(f"--encode {data} --ckpt {autoencoders}/kl --out {tmp_path}/one.latents")
     assert "all 48 images are encoded already" in capsys.readouterr().out
-    with pytest.raises(InputError, match="holds other latents"):
+    with pytest.raises(InputError, match="holds other moments"):
         looking(f"--encode {data} --ckpt {autoencoders}/dsm --out {tmp_path}/one.latents")
     assert (tmp_path / "one.latents").read_bytes() == before
     command(f"train_vae.py --device cpu --workers 0 --encode {data} --ckpt {autoencoders}/kl --out {tmp_path}/two", processes=2)
-    two = train_diffusion.Latents(tmp_path / "two")
-    assert np.abs(two.moments.astype(float) - one.moments).max() < 0.01 and (two.labels == one.labels).all()
+    two = train_diffusion.Cache(tmp_path / "two")
+    assert np.abs(two.values.astype(float) - one.values).max() < 0.01 and (two.labels == one.labels).all()
 
 
 def test_latent_cache_is_resumed_and_skips_unreadable_images(autoencoders, tmp_path, monkeypatch, capsys):
@@ -1885,15 +2066,15 @@ def test_latent_cache_is_resumed_and_skips_unreadable_images(autoencoders, tmp_p
     monkeypatch.setattr(vae.VAE, "encode", killed_after)
     with pytest.raises(KeyboardInterrupt):
         looking(flags)
-    assert not file.exists() and (train_diffusion.Latents(f"{file}.part").status == 1).sum() == 40
+    assert not file.exists() and (train_diffusion.Cache(f"{file}.part").status == 1).sum() == 40
     monkeypatch.setattr(vae.VAE, "encode", lambda self, x: (calls.append(len(x)), real(self, x))[1])
     calls.clear()
     looking(flags)
     assert sum(calls) == 2 * (120 - 40 - 1)  # only what was missing, and mirrored
-    cache = train_diffusion.Latents(file)
+    cache = train_diffusion.Cache(file)
     assert cache.status.tolist() == [1] * 50 + [2] + [1] * 69 and (cache.labels == -1).all()
     assert not Path(f"{file}.part").exists()
-    monkeypatch.setattr(train_vae.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1000))
+    monkeypatch.setattr(train_diffusion.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1000))
     with pytest.raises(InputError, match=r"--out .*other: needs 0.1 MiB, its disk has 0.0 free"):
         looking(flags.replace(str(file), f"{tmp_path}/other"))
     assert not list(tmp_path.glob("other*"))
@@ -1947,7 +2128,7 @@ def test_bad_input_of_autoencoders(autoencoders, trained, data, lpips_files, tmp
         looking(f"--eval-only --ckpt {tmp_path}/other.pt")
     (tmp_path / "text").write_text("hello, no cache")
     with pytest.raises(InputError, match="no latent cache"):
-        train_diffusion.Latents(tmp_path / "text")
+        train_diffusion.Cache(tmp_path / "text")
     # what is merely absent is off, in one line, and a GAN that never starts is warned of
     capsys.readouterr()
     monkey = pytest.MonkeyPatch()
@@ -1988,6 +2169,391 @@ def test_benchmark_of_autoencoders(data, tmp_path, capsys):
     autoencode(f"--data {data} --out {tmp_path}/none --benchmark 1")
     out = capsys.readouterr().out
     assert "images/s" in out and "GFLOP/s" in out and not (tmp_path / "none").exists()
+
+
+# ---- latent diffusion and alignment: the real commands ----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def latents(autoencoders, data, tmp_path_factory):
+    """The latent cache of the shared images by the autoencoder trained with esm: 4 x 4 x 4."""
+    file = tmp_path_factory.mktemp("latents") / "data.latents"
+    looking(f"--encode {data} --ckpt {autoencoders}/esm --out {file}")
+    return file
+
+
+FIRST_CELL = [("dit-nano/1", "flow", "x0", ""), ("uvit-nano/1", "vp", "eps", "--no-classes"),
+              ("uvit-nano", "flow", "v", "--classes"), ("dit-nano/1", "vp", "v", "")]  # fmt: skip
+
+
+@pytest.mark.parametrize("model, path, predict, flags", FIRST_CELL)
+def test_latent_diffusion_trains_and_samples(latents, data, tmp_path, capsys, model, path, predict, flags):
+    run = tmp_path / "run"
+    train(f"--latents {latents} --out {run} --model {model} --path {path} --predict {predict} --steps 60 --val {data} {flags}"
+          .replace("--size 16", ""))  # fmt: skip
+    losses = [line["loss"] for line in metrics(run)]
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:2])
+    state, cache = checkpoint(run), train_diffusion.Cache(latents)
+    config = state["config"]
+    assert config["scale"] == cache.header["scale"] and config["autoencoder"] == cache.header["autoencoder"]
+    assert config["size"] == 16 and config["latent_shape"] == [4, 4, 4] and state["args"]["data"] == str(data)
+    assert config["classes"] == (None if "--no-classes" in flags else ["left", "right", "up"])
+    (last,) = metrics(run, "val_loss")
+    assert 0 < last["val_loss"] < losses[0] and len(last["x0_error_by_band"]["0.5"]) == 16
+    # the run is sampled through the decoder that it keeps
+    sampling(f"{run} --n 4 --steps 3 --out {tmp_path}/out")
+    assert Image.open(tmp_path / "out" / "000003.png").size == (16, 16)
+    sampling(f"{run} --trajectory --steps 4 --out {tmp_path}/t")
+    table = json.loads((tmp_path / "t-trajectory.json").read_text())
+    assert abs(table["share"][0][-1] - 1) < 1e-4
+    assert "scale" in capsys.readouterr().out
+    train(f"--latents {latents} --out {run} --model {model} --path {path} --predict {predict} --steps 60 --val {data} {flags}")
+    assert "finished" in capsys.readouterr().out
+
+
+def test_one_pair_encodes_and_decodes(latents, autoencoders, data):
+    """Cached moments, drawn anew, mirrored, against the autoencoder itself; and back."""
+    cache = train_diffusion.Cache(latents)
+    net, info = sample.load_autoencoder(autoencoders / "esm", "cpu")
+    scale, shape = cache.header["scale"], [4, 4, 4]
+    config = dict(space="latent", size=16, model="dit-nano", path="flow", snr_scale=1.0, predict="x0", classes=None,
+                  label_dropout=0.1, latent_shape=shape, scale=scale, autoencoder=info["weights"])  # fmt: skip
+    diffusion, x = sample.Diffusion(config, vae=net), load_all(data)
+    where, flip = torch.arange(48), torch.arange(48) % 3 == 0
+    turned = torch.where(flip[:, None, None, None], x.flip(-1), x)
+    mean, logvar = (m.detach() for m in net.encode(turned / 127.5 - 1))
+    for seed in (0, 1):
+        noise = torch.randn(48, *shape, generator=torch.Generator().manual_seed(seed))
+        oracle = scale * (mean + (0.5 * logvar).exp() * noise)
+        cached, none = train_diffusion.clean(diffusion, cache, where, None, flip, noise)
+        live, images = train_diffusion.clean(diffusion, None, None, x, flip, noise)
+        assert none is None and torch.equal(images, turned / 127.5 - 1) and not live.requires_grad
+        assert torch.allclose(live, oracle, atol=1e-5) and (cached - oracle).abs().max() < 0.01
+    assert torch.allclose(diffusion.encode(images), scale * mean, atol=1e-5)  # without noise, the mean
+    assert 0.8 < live.std() < 1.2  # that is what the scale is for
+    assert torch.allclose(diffusion.decode(scale * mean), net.decode(mean).clamp(-1, 1), atol=1e-5)
+    args = train_diffusion.make_parser().parse_args(["--latents", "x"])
+    args.space, args.t_sampling, args.label_dropout = "latent", "uniform", 0.1
+    draws = [train_diffusion.draw_step(0, step, 8, shape, args, Flow(), "cpu") for step in (0, 1, 1)]
+    assert distance(draws[1], draws[2]) == 0 and distance(draws[0][4], draws[1][4]) > 0.5  # posterior noise, by step
+    assert draws[0][3].any() and not draws[0][3].all()
+
+
+def test_encoding_at_every_step_equals_the_cache(latents, autoencoders, data, tmp_path):
+    flags = "--model dit-nano/1 --steps 4 --lr 1e-5"
+    train(f"--latents {latents} --out {tmp_path}/cached {flags}")
+    train(f"--vae {autoencoders}/esm --data {data} --out {tmp_path}/live {flags}")
+    cached, live = ([line["loss"] for line in metrics(tmp_path / run)] for run in ("cached", "live"))
+    info = sample.load_autoencoder(autoencoders / "esm", "cpu")[1]
+    config = checkpoint(tmp_path / "live")["config"]
+    assert config["scale"] == info["latent"]["scale"] and config["autoencoder"] == info["weights"]
+    ratio = config["scale"] / train_diffusion.Cache(latents).header["scale"]  # of 256 posteriors, here of the same 48
+    assert abs(ratio - 1) < 0.05 and np.allclose(cached, live, rtol=0.1)
+
+
+def test_published_autoencoder_weights_are_diffused_on(autoencoders, data, tmp_path):
+    """SD-VAE weights in their layout, without a scale: it is measured on the data."""
+    state = checkpoint(autoencoders / "esm")["model"]
+    torch.save({"state_dict": {f"first_stage_model.{k}": v for k, v in state.items()}}, tmp_path / "sd.ckpt")
+    train(f"--vae {tmp_path}/sd.ckpt --data {data} --out {tmp_path}/run --model dit-nano/1 --steps 2")
+    net = sample.load_autoencoder(tmp_path / "sd.ckpt", "cpu")[0]
+    mean, logvar = net.encode(load_all(data) / 127.5 - 1)
+    std = ((mean.square() + logvar.exp()).mean() - mean.mean() ** 2).sqrt().item()
+    assert abs(checkpoint(tmp_path / "run")["config"]["scale"] * std - 1) < 1e-3
+    (tmp_path / "sd.ckpt").unlink()
+    sampling(f"{tmp_path}/run --n 2 --steps 2 --out {tmp_path}/out")
+
+
+def test_mismatches_between_latents_autoencoder_and_run(latents, autoencoders, trained, data, tmp_path, capsys):
+    flags = "--model dit-nano/1 --steps 2"
+    run = tmp_path / "run"
+    train(f"--latents {latents} --out {run} {flags}")
+    other = tmp_path / "other.latents"
+    looking(f"--encode {data} --ckpt {autoencoders}/dsm --out {other}")
+    cut = tmp_path / "cut.latents"
+    cut.write_bytes(latents.read_bytes()[:-4096])
+    (tmp_path / "text").write_text("no cache")
+    more = write_photos(tmp_path / "more", 50, classes=["left", "right", "up"])
+    ours, theirs = (sample.load_autoencoder(autoencoders / name, "cpu")[1]["weights"] for name in ("esm", "dsm"))
+    before = (run / "checkpoint.pt").read_bytes()
+    for line, message in [
+        (f"--latents {other} --out {run} {flags} --steps 4", f"{other}: made by autoencoder {theirs}, .*{ours}"),
+        (f"--latents {latents} --vae {autoencoders}/dsm --out {tmp_path}/n {flags}", f"{theirs}.* made the latents of .*{ours}"),
+        (f"--vae {autoencoders}/dsm --data {data} --out {run} {flags} --steps 4", f"dsm: another autoencoder .{theirs}"),
+        (f"--latents {tmp_path}/absent --out {tmp_path}/n {flags}", "absent: no such file"),
+        (f"--latents {tmp_path}/text --out {tmp_path}/n {flags}", "text: no latent cache"),
+        (f"--latents {cut} --out {tmp_path}/n {flags}", "cut off"),
+        (f"--latents {latents} --space dct --out {tmp_path}/n {flags}", "--space dct"),
+        (f"--latents {latents} --size 32 --out {tmp_path}/n {flags}", "--size 32: .* of 16 pixels"),
+        (f"--latents {latents} --block 4 --out {tmp_path}/n {flags}", "--block: only for"),
+        (f"--space latent --out {tmp_path}/n {flags}", "--space latent: needs --latents"),
+        (f"--vae {autoencoders}/esm --size 18 --data {data} --out {tmp_path}/n {flags}", "--size 18: .*multiples of 4"),
+        (f"--vae {trained} --data {data} --out {tmp_path}/n {flags}", "a checkpoint of train_diffusion.py"),
+        (f"--latents {latents} --model dit-nano/3 --out {tmp_path}/n --steps 2", "patch 3 does not divide"),
+        (f"--latents {latents} --repa dog --encoder hog --data {more} --out {tmp_path}/n {flags}", "count 48, now 50"),
+        (f"--latents {latents} --val {write_photos(tmp_path / 'bare', 4)} --out {tmp_path}/n {flags}", "--val .*classes"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            train(line)
+    assert (run / "checkpoint.pt").read_bytes() == before
+    for line, message in [
+        (f"{run} --vae {autoencoders}/dsm", f"{theirs}.*{run} .{ours}"),
+        (f"{trained} --vae {autoencoders}/dsm", "--vae .*works on dct"),
+        (f"{run} --model dit-nano", "--model dit-nano: is for --ckpt"),
+        (f"{run} --ckpt {run}", "name a run folder"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            sampling(f"{line} --n 1 --out {tmp_path}/out")
+    shutil.copy(run / "checkpoint.pt", tmp_path / "alone.pt")
+    with pytest.raises(InputError, match="autoencoder.pt: no such autoencoder; --vae"):
+        sampling(f"{tmp_path}/alone.pt --n 1 --out {tmp_path}/out")
+    sampling(f"{tmp_path}/alone.pt --vae {autoencoders}/esm --n 1 --steps 1 --out {tmp_path}/out")
+    # a moved autoencoder: the header says where it was, the flag where it is
+    moved = tmp_path / "moved.latents"
+    shutil.copy(latents, moved)
+    train_diffusion.Cache(moved, "r+").finish(vae="gone/away")
+    with pytest.raises(InputError, match="gone/away: no such autoencoder; --vae"):
+        train(f"--latents {moved} --out {tmp_path}/n {flags}")
+    train(f"--latents {moved} --vae {autoencoders}/esm --out {tmp_path}/m {flags}")
+
+
+@pytest.mark.parametrize("method, space", [("repa", "latent"), ("irepa", "latent"), ("dog", "latent"), ("dog", "dct")])
+def test_alignment_lowers_both_losses_and_sampling_needs_no_projector(latents, data, hub, tmp_path, method, space):
+    run, given = tmp_path / "run", f"--latents {latents} --model uvit-nano/1" if space == "latent" else f"--data {data} --block 2"
+    train(f"{given} --out {run} --steps 60 --repa {method} --encoder {hub}:colours --repa-width 32")
+    first, last = (
+        {key: np.mean([line[key] for line in part]) for key in ("loss", "alignment")}
+        for part in (metrics(run)[:3], metrics(run)[-5:])
+    )
+    assert last["loss"] < 0.9 * first["loss"] and last["alignment"] < first["alignment"] - 0.1
+    state = checkpoint(run)
+    assert state["projector"] and state["target_dim"] == 8 and not any("proj" in k and "project" in k for k in state["model"])
+    sampling(f"{run} --n 3 --steps 3 --out {tmp_path}/with")
+    torch.save({key: value for key, value in state.items() if key not in ("projector", "target_dim")}, run / "checkpoint.pt")
+    sampling(f"{run} --n 3 --steps 3 --out {tmp_path}/without")
+    assert_same_images(tmp_path / "with", tmp_path / "without", 3, tolerance=0)
+
+
+def test_alignment_changes_nothing_else_and_weight_zero_is_none(data, hub, tmp_path):
+    """The network starts the same with and without it; with weight 0 and the clipping off its weights end the same."""
+    flags = f"--data {data} --steps 5 --clip 0"
+    train(f"{flags} --out {tmp_path}/none")
+    train(f"{flags} --out {tmp_path}/zero --repa dog --encoder {hub}:colours --repa-weight 0")
+    train(f"{flags} --out {tmp_path}/some --repa dog --encoder {hub}:colours")
+    none, zero, some = (checkpoint(tmp_path / run)["model"] for run in ("none", "zero", "some"))
+    assert distance(none, zero) == 0 < distance(none, some)
+
+
+@pytest.fixture
+def encoder_calls(monkeypatch):
+    calls, real = [], repa.Encoder.forward
+    monkeypatch.setattr(repa.Encoder, "forward", lambda self, x: (calls.append(len(x)), real(self, x))[1])
+    return calls
+
+
+def test_no_encoder_runs_after_the_stop_and_a_resumed_run_equals_an_uninterrupted_one(data, hub, tmp_path, encoder_calls):
+    flags = f"--data {data} --block 2 --repa irepa --encoder {hub}:colours --repa-stop 4 --save-every 2"
+    train(f"{flags} --out {tmp_path}/whole --steps 8")
+    assert encoder_calls == [1] + [8] * 4  # a look at its tokens, and four steps
+    lines = metrics(tmp_path / "whole")
+    assert [("alignment" in line) for line in lines] == [True] * 4 + [False] * 4
+    for stops in ((2, 8), (4, 6, 8), (6, 8)):
+        encoder_calls.clear()
+        run = tmp_path / "-".join(map(str, stops))
+        for steps in stops:
+            train(f"{flags} --out {run} --steps {steps}")
+        assert distance(checkpoint(tmp_path / "whole"), checkpoint(run)) == 0
+        assert sum(encoder_calls) == 8 * 4 + (2 if stops[0] == 2 else 1)
+    encoder_calls.clear()
+    train(f"--data {data} --out {tmp_path}/off --steps 2")
+    assert not encoder_calls
+
+
+def test_cached_targets_equal_live_ones_and_need_no_images(latents, data, hub, tmp_path, capsys, encoder_calls):
+    flags = f"--model dit-nano/1 --steps 4 --repa dog --repa-sigmas 0.6 2 --encoder {hub}:colours --lr 1e-5"
+    here = tmp_path / "images"
+    shutil.copytree(data, here)
+    file = tmp_path / "c.latents"
+    shutil.copy(latents, file)
+    train_diffusion.Cache(file, "r+").finish(data=str(here))
+    train(f"--latents {file} --out {tmp_path}/live {flags}")
+    cached = f"--latents {file} --cache-targets {tmp_path}/t.tokens {flags}"
+    capsys.readouterr()
+    train(f"{cached} --out {tmp_path}/cached")
+    out = capsys.readouterr().out
+    assert "48 images and mirror images, 16 x 8 float16 each: 0.0 MiB" in out
+    live, kept = ([(line["loss"], line["alignment"]) for line in metrics(tmp_path / run)] for run in ("live", "cached"))
+    assert np.allclose(live, kept, rtol=2e-3, atol=2e-3)
+    cache = train_diffusion.Cache(tmp_path / "t.tokens", kind="tokens")
+    for side, view in enumerate((load_all(data), load_all(data).flip(-1))):
+        tokens, _ = repa.load_encoder(f"{hub}:colours")(view / 127.5 - 1)
+        np.testing.assert_allclose(cache.values[:, side], repa.resize_tokens(tokens, 4).numpy(), atol=2e-3)
+    shutil.rmtree(here)
+    encoder_calls.clear()
+    train(f"{cached} --out {tmp_path}/again")
+    assert distance(checkpoint(tmp_path / "again"), checkpoint(tmp_path / "cached")) == 0 and not encoder_calls
+    for line, message in [
+        (f"--latents {file} --out {tmp_path}/n {flags}", f"--data {here}: does not exist"),
+        (f"{cached} --encoder hog --out {tmp_path}/n", "tokens of .*colours, not of --encoder hog"),
+        (f"{cached} --model dit-nano --out {tmp_path}/n", "4 x 4 tokens, dit-nano has 2 x 2"),
+        (f"{cached.replace('t.tokens', 'c.latents')} --out {tmp_path}/n", "no token cache"),
+        (f"--latents {file} --cache-targets {tmp_path}/t --out {tmp_path}/n", "--cache-targets: is for --repa"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            train(line)
+    few = write_photos(tmp_path / "few", 8)
+    with pytest.raises(InputError, match="made of other images .*count 48, now 8"):
+        train(f"--data {few} --space pixel {flags.replace('dit-nano/1', 'dit-nano/4')} --cache-targets {tmp_path}/t.tokens --out {tmp_path}/n")
+
+
+def test_aligned_latent_diffusion_on_two_processes_equals_one(latents, hub, tmp_path):
+    """Across the step where the alignment stops, the targets being cached by both."""
+    flags = (f"{TINY.replace('--size 16 ', '')} --latents {latents} --model dit-nano/1 --steps 4 --lr 1e-5 --repa dog "
+             f"--encoder {hub}:colours --repa-stop 2")  # fmt: skip
+    command(f"train_diffusion.py {flags} --out {tmp_path}/two --cache-targets {tmp_path}/two.tokens", processes=2)
+    command(f"train_diffusion.py {flags} --out {tmp_path}/one --cache-targets {tmp_path}/one.tokens --grad-accum 2")
+    one, two = (metrics(tmp_path / run) for run in ("one", "two"))
+    for a, b in zip(one, two):
+        assert a.keys() == b.keys() and abs(a["loss"] - b["loss"]) < 1e-4 and abs(a["grad_norm"] / b["grad_norm"] - 1) < 1e-3
+        assert abs(a.get("alignment", 0) - b.get("alignment", 0)) < 1e-5
+    values = [train_diffusion.Cache(tmp_path / f"{n}.tokens", kind="tokens").values for n in ("one", "two")]
+    assert np.abs(values[0].astype(float) - values[1]).max() < 2e-3
+
+
+def test_bad_input_of_alignment(latents, data, hub, tmp_path):
+    (tmp_path / "hubconf.py").write_text(HUBCONF + """
+class Strip(torch.nn.Module):
+    def forward_features(self, x):
+        return {"x_norm_patchtokens": torch.zeros(len(x), 6, 2)}
+class Summary(torch.nn.Module):
+    def forward_features(self, x):
+        return {"x_norm_clstoken": x.mean((2, 3))}
+def strip():
+    return Strip()
+def summary():
+    return Summary()
+""")  # fmt: skip
+    flags = f"--data {data} --steps 2 --out {tmp_path}/n"
+    for line, message in [
+        (f"--repa dog --encoder {tmp_path}:summary", "--encoder .*summary: .*no patch tokens"),
+        (f"--repa dog --encoder {tmp_path}:strip", "--encoder .*strip: 6 tokens form no square"),
+        (f"--repa dog --encoder {tmp_path}:broken", "--encoder .*no forward_features"),
+        ("--repa dog --encoder nonsense", "--encoder nonsense: .*neither hog nor"),
+        ("--repa dog --encoder hog --repa-depth 7", "--repa-depth 7: dit-nano has blocks 1 to 6"),
+        ("--repa dog --encoder hog --repa-depth 0", "--repa-depth 0"),
+        ("--repa dog --encoder hog --repa-depth 8 --model uvit-nano", "--repa-depth 8: uvit-nano has blocks 1 to 7"),
+        ("--repa dog --encoder hog --repa-sigmas 2 1", "--repa-sigmas 2 1: the first must be the smaller"),
+        ("--repa dog --encoder hog --repa-stop 0", "--repa-stop 0"),
+        ("--repa dog --encoder hog --repa-weight -1", "--repa-weight -1"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            train(f"{flags} {line}")
+    assert not (tmp_path / "n" / "checkpoint.pt").exists()
+
+
+def test_targets_are_compared_before_training(latents, data, hub, tmp_path, capsys):
+    train(f"--latents {latents} --model dit-nano/1 --encoder {hub}:colours --rmsc --repa-sigmas 0.5 1.5 --out {tmp_path}/run")
+    out = capsys.readouterr().out
+    tokens = repa.resize_tokens(repa.load_encoder(f"{hub}:colours")(load_all(data) / 127.5 - 1)[0], 4)
+    for name, target in (("raw (repa)", tokens), ("irepa", repa.irepa_target(tokens)), ("dog 0.5 1.5", repa.dog_target(tokens, 0.5, 1.5))):
+        words = next(line for line in out.splitlines() if line.startswith(name))[len(name) :].split()
+        field = repa.as_map(target)
+        oracle = [repa.lds(target).mean(), spectral_losses.rmsc(field).mean()]
+        oracle += spectral_losses.directional_energy(field, 2).mean(0).tolist()
+        np.testing.assert_allclose([float(word) for word in words], [float(value) for value in oracle], atol=6e-4)
+    assert "48 images" in out and "4 x 4 tokens of 8" in out
+    shown = Image.open(tmp_path / "run" / "samples" / "targets.png")
+    assert shown.size == (8 * 18 + 2, 9 * 18 + 2) and not (tmp_path / "run" / "checkpoint.pt").exists()
+    train(f"--data {data} --encoder hog --rmsc --out {tmp_path}/pixels")  # without a latent anywhere
+    assert "2 x 2 tokens of 36" in capsys.readouterr().out
+
+
+def test_benchmark_of_aligned_latent_diffusion(latents, hub, tmp_path, capsys):
+    train(f"--latents {latents} --benchmark 1 --repa repa --encoder {hub}:colours --out {tmp_path}/none")
+    out = capsys.readouterr().out
+    assert "targets" in out and "images/s" in out and not (tmp_path / "none").exists()
+
+
+# ---- published networks -----------------------------------------------------------------------------------
+
+
+def published(folder, autoencoders):
+    """Checkpoints in the published layouts, of small sizes: file, flags, and the network as published."""
+    state = checkpoint(autoencoders / "esm")["model"]
+    torch.save({"state_dict": state | {"loss.logvar": torch.zeros(())}}, folder / "sd-vae.ckpt")
+    nano = DIT_SIZES["nano"]
+    dit = randomised(DiT(8, 2, 4, num_classes=10, **nano), 1).float().eval()
+    pixels = randomised(UViT(16, 4, 3, num_classes=11, **UVIT_SIZES["nano"]), 2).float().eval()
+    bare = randomised(UViT(8, 2, 4, num_classes=-1, conv=False, mlp_time_embed=True, **UVIT_SIZES["nano"]), 3).float().eval()
+    torch.save(dit.state_dict(), folder / "DiT.pt")
+    torch.save({"model": {}, "ema": {f"module.{k}": v for k, v in dit.state_dict().items()}, "args": {}}, folder / "SiT.pt")
+    extra = {"projectors.0.0.weight": torch.zeros(2)}
+    torch.save({"ema": {f"_orig_mod.{k}": v for k, v in (dit.state_dict() | extra).items()}}, folder / "REPA.pt")
+    torch.save({f"module._orig_mod.{k}": v for k, v in pixels.state_dict().items()}, folder / "cifar-uvit.pth")
+    torch.save(bare.half().state_dict(), folder / "uvit.pth")
+    return {"DiT": (dit, "dit-nano/2", 999), "SiT": (dit, "sit-nano", 1), "REPA": (dit, "sit-nano/2", 1),
+            "cifar-uvit": (pixels, "uvit-nano", 999), "uvit": (bare.float(), "uvit-nano/2", 999)}  # fmt: skip
+
+
+def test_published_networks_are_sampled_from_their_checkpoints(autoencoders, trained, tmp_path, capsys):
+    known = published(tmp_path, autoencoders)
+    g = torch.Generator().manual_seed(0)
+    vae_parts = sample.load_autoencoder(tmp_path / "sd-vae.ckpt", "cpu")
+    for name, (network, model, scale) in known.items():
+        file = next(tmp_path.glob(f"{name}.p*"))
+        with_vae = None if name == "cifar-uvit" else vae_parts
+        config, weights = sample.published_network(file, model, with_vae)
+        diffusion = sample.Diffusion(config, vae=with_vae and with_vae[0])
+        sample.load_weights(diffusion.network, weights, file)
+        diffusion.network.eval()
+        x, t = torch.randn(2, *diffusion.shape, generator=g), torch.tensor([0.3, 0.9])
+        y = torch.tensor([3, 7]) if config["classes"] else None
+        ours = diffusion.output(diffusion.network, x, t, y)
+        if name == "SiT":  # noise at t = 0, data at 1, and the velocity from noise to data: arXiv 2401.08740's release
+            oracle = -network(x, 1 - t, y)[:, :4]
+        else:
+            oracle = network(x, scale * t, y)[:, : diffusion.shape[0]]
+        assert torch.allclose(ours, oracle, atol=1e-4 if name != "uvit" else 1e-3), name
+        assert config["path"] == {"DiT": "vp", "cifar-uvit": "vp", "uvit": "vp-sd"}.get(name, "flow")
+        assert config["size"] == (16 if name == "cifar-uvit" else 32) and (config["classes"] is None) == (name == "uvit")
+        given = "" if name == "cifar-uvit" else f"--vae {tmp_path}/sd-vae.ckpt"
+        classes = "" if name == "uvit" else "--classes 3 7 --guidance 2"
+        sampling(f"--ckpt {file} --model {model} {given} {classes} --n 2 --steps 2 --out {tmp_path}/{name}-out")
+        assert Image.open(tmp_path / f"{name}-out" / "000001.png").size == (config["size"],) * 2
+        protocol = json.loads((tmp_path / f"{name}-out" / "protocol.json").read_text())
+        assert protocol["classes"] == (None if name == "uvit" else [3, 7])
+    if with_vae:
+        assert config["scale"] == 0.18215 and config["autoencoder"] == vae_parts[1]["weights"]
+    torch.save({"some.weight": torch.zeros(2)}, tmp_path / "other.pt")
+    given = f"--vae {tmp_path}/sd-vae.ckpt"
+    for line, message in [
+        (f"--ckpt {tmp_path}/DiT.pt {given}", "--model NAME says which"),
+        (f"--ckpt {tmp_path}/DiT.pt --model dit-nano/2", "--vae FILE names the SD-VAE"),
+        (f"--ckpt {tmp_path}/DiT.pt --model dit-nano/4 {given}", "--model dit-nano/4: .*patches of 2"),
+        (f"--ckpt {tmp_path}/DiT.pt --model uvit-nano {given}", "its keys are a dit or sit's"),
+        (f"--ckpt {tmp_path}/DiT.pt --model dit-s/2 {given}", "another architecture"),
+        (f"--ckpt {tmp_path}/DiT.pt --model dit-huge {given}", "--model dit-huge"),
+        (f"--ckpt {tmp_path}/uvit.pth --model sit-nano {given}", "its keys are a uvit's"),
+        (f"--ckpt {tmp_path}/cifar-uvit.pth --model uvit-nano {given}", "is a model of pixels"),
+        (f"--ckpt {tmp_path}/uvit.pth --model uvit-nano {given} --guidance 2", "without classes"),
+        (f"--ckpt {tmp_path}/other.pt --model dit-nano {given}", "no DiT's, SiT's or U-ViT's"),
+        (f"--ckpt {tmp_path}/absent.pt --model dit-nano {given}", "absent.pt: no such file"),
+        (f"{tmp_path}/DiT.pt", "published weights .* take sample.py --ckpt"),
+        ("", "name a run folder"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            sampling(f"{line} --n 1 --out {tmp_path}/none")
+
+
+def test_stable_diffusion_schedule():
+    """Against the product over its thousand discrete steps, and its own derivatives."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    path, steps = sample.StableDiffusionVP(), torch.arange(1, 1001, dtype=torch.float64) / 1000
+    assert torch.allclose(path.log_abar(steps), torch.log1p(-betas).cumsum(0), rtol=0.02)
+    assert torch.allclose(path.t_of_lambda(path.log_snr_half(T)), T, rtol=1e-9)
+    t = T.clone().requires_grad_()
+    slope = torch.autograd.grad(path.log_abar(t).sum(), t)[0]
+    assert torch.allclose(path.beta(T), -slope, rtol=1e-9)
 
 
 def test_documented_commands_are_understood():

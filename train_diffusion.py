@@ -25,16 +25,21 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from dct import DCTStatistics, ebfr_weights, psnr_per_keep
+from dit import DiT
+from repa import (PATCH_ENCODER_SIZE, ConvProjector, MLPProjector, alignment_loss, as_map, dog_target, irepa_target,
+                  lds, load_encoder, resize_tokens)  # fmt: skip
 from sample import (Diffusion, Images, InputError, build_network, choose_device, generate, generator, like,
-                    load_weights, make_codec, parse_model, progress, read_checkpoint, run_program, save_grid, short_name,
+                    load_weights, make_codec, open_autoencoder, parse_model, progress, read_checkpoint, run_program, save_grid, short_name,
                     target, write_atomically)  # fmt: skip
-from spectral_losses import band_error
+from spectral_losses import band_error, directional_energy, rmsc
 
 # ---- set-up: processes, data order ------------------------------------------------------------------------
 
@@ -140,6 +145,12 @@ class Store:
         if self.unreadable:
             self.how += f", {len(self.unreadable)} unreadable skipped"
 
+    def align(self, indices):
+        """Draw from these images, those of a latent cache. Raises InputError where others can be read now."""
+        if self.data is not None and not np.array_equal(self.indices, indices):
+            raise InputError(f"--data {self.images.spec}: other images can be read now than when --latents was made of it")
+        self.indices, self.count = indices, len(indices)
+
     def _decode(self, indices, processes):
         """Fill self.data at these indices, and self.unreadable."""
         workers = self.workers if len(indices) > 512 else 0
@@ -210,34 +221,42 @@ class Store:
             yield where, pixels
 
 
-class Latents:
-    """A latent cache, one memory-mapped file: header, status and label of every image, moments.
+class Cache:
+    """What a frozen encoder makes of every image of a data set and of its mirror image, one memory-mapped file.
 
-    header   dict: kind ("moments"), preset, shape, size, factor, data, first and last image, classes, autoencoder (hash
-             of its weights), scale (1 / std, None until all is encoded)
-    status   (N,) uint8: 0 to be encoded, 1 encoded, 2 unreadable
-    labels   (N,) int32, -1 where there are no classes
-    moments  (N, 2, 2C, h, w) float16: of the image and of its mirror image, mean and log variance
+    header  dict: kind ("moments" of an autoencoder or "tokens" of a REPA encoder), shape, size (of the images), data,
+            first and last image, classes, and what made them. Moments: preset, factor, autoencoder (hash of its weights),
+            vae (where it was), scale (1 / std, None until all is encoded). Tokens: encoder.
+    status  (N,) uint8: 0 to be encoded, 1 encoded, 2 unreadable
+    labels  (N,) int32, -1 where there are no classes
+    values  (N, 2, ...) float16, of the image and of its mirror image: moments (2C, h, w), the mean and the log variance;
+            tokens (T, D)
     """
 
     MAGIC, PAGE = b"LATENTS1", 4096
+    MADE_BY = {"moments": "latent cache of train_vae.py --encode", "tokens": "token cache of --cache-targets"}
 
-    def __init__(self, file, mode="r"):
+    def __init__(self, file, mode="r", kind="moments"):
         self.file = Path(file)
+        if not self.file.is_file():
+            raise InputError(f"{file}: no such file; it should be a {self.MADE_BY[kind]}")
         with self.file.open("rb") as handle:
-            if handle.read(8) != self.MAGIC:
-                raise InputError(f"{file}: no latent cache of train_vae.py --encode")
+            known = handle.read(8) == self.MAGIC
             self.room = int.from_bytes(handle.read(8), "little")
-            self.header = json.loads(handle.read(self.room - 16))
+            self.header = json.loads(handle.read(self.room - 16)) if known else {}
+        if self.header.get("kind") != kind:
+            raise InputError(f"{file}: no {self.MADE_BY[kind]}")
         n, *rest = self.header["shape"]
         offsets = self.layout(self.room, self.header["shape"])
+        if self.file.stat().st_size < offsets[-1]:
+            raise InputError(f"{file}: cut off, {self.file.stat().st_size:,} of {offsets[-1]:,} bytes; copy it again")
         self.status = np.memmap(file, np.uint8, mode, offsets[0], (n,))
         self.labels = np.memmap(file, np.int32, mode, offsets[1], (n,))
-        self.moments = np.memmap(file, np.float16, mode, offsets[2], (n, *rest))
+        self.values = np.memmap(file, np.float16, mode, offsets[2], (n, *rest))
 
     @classmethod
     def layout(cls, room, shape):
-        """Where status, labels and moments begin, and the size of the file, in bytes."""
+        """Where status, labels and values begin, and the size of the file, in bytes."""
         offsets = [room]
         for size in (shape[0], 4 * shape[0], 2 * math.prod(shape)):
             offsets.append(math.ceil((offsets[-1] + size) / cls.PAGE) * cls.PAGE)
@@ -251,7 +270,7 @@ class Latents:
 
     @classmethod
     def create(cls, file, header, labels):
-        """Write the file without moments."""
+        """Write the file without values."""
         start, room = cls.pack(header)
         with open(file, "wb") as handle:
             handle.write(start)
@@ -259,16 +278,122 @@ class Latents:
             handle.truncate(size)
             if hasattr(os, "posix_fallocate"):  # a disk that fills up later would kill the process
                 os.posix_fallocate(handle.fileno(), 0, size)
-        cls(file, "r+").labels[:] = -1 if labels is None else labels
+        cls(file, "r+", header["kind"]).labels[:] = -1 if labels is None else labels
 
     def same(self, header):
-        """Are these latents what `header` says, the scale aside?"""
-        return self.header | {"scale": None} == header | {"scale": None}
+        """Is this what `header` says, the scale and where the autoencoder was aside?"""
+        aside = dict.fromkeys(("scale", "vae"))
+        return self.header | aside == header | aside
 
     def finish(self, **entries):
         self.header |= entries
         with self.file.open("r+b") as handle:
             handle.write(self.pack(self.header, self.room)[0])
+
+    def read(self, where, flip):
+        """Values of images `where` (n,), of the mirror images where flip (n,) -> (n, ...) float32"""
+        return torch.from_numpy(self.values[np.asarray(where), np.asarray(flip.cpu()).astype(int)]).float()
+
+    # what a `Store` has as well
+
+    @property
+    def indices(self):
+        """Of the images that could be read."""
+        return np.flatnonzero(np.asarray(self.status) == 1)
+
+    @property
+    def count(self):
+        return len(self.indices)
+
+    @property
+    def how(self):
+        return f"latents of {self.count} images of {self.header['size']} px and their mirror images, in {self.file}"
+
+    def batches(self, order, steps, share):
+        """As `Store.batches`, without pixels."""
+        indices = self.indices
+        for step in steps:
+            yield torch.from_numpy(indices[order(step)[share].numpy()]), None
+
+
+def fill_cache(file, header, images, encode, processes, args, flag, finish=lambda cache: {}):
+    """Make the file of a `Cache`, or go on where making it was interrupted, with any number of processes of one machine;
+    no collective waits on any of them. Its size is stated first.
+
+    encode(images (n, 3, S, S) in [-1, 1]) -> (n, 2, ...), of them and their mirror images; finish(cache) -> entries
+    that its header gains at the end. -> whether there was anything to do. Raises InputError, naming `flag`.
+    """
+    file, say, device, kind = Path(file), processes.print, processes.device, header["kind"]
+    unfinished, shape = Path(f"{file}.part"), header["shape"]
+    if file.is_dir():
+        raise InputError(f"{flag} {file}: is a folder; name a file")
+    if not file.exists() and processes.world != processes.local_world:
+        raise InputError(f"{flag}: runs on one machine, whose processes share the memory-mapped file")
+    if processes.main and not file.exists() and not unfinished.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        need, free = Cache.layout(0, shape)[-1], shutil.disk_usage(file.parent).free
+        say(f"{kind:8} {shape[0]} images and mirror images, {' x '.join(map(str, shape[2:]))} float16 each: "
+            f"{need / 2**20:,.1f} MiB into {file}")  # fmt: skip
+        if need > DISK_SHARE * free:
+            raise InputError(f"{flag} {file}: needs {need / 2**20:,.1f} MiB, its disk has {free / 2**20:,.1f} free")
+        Cache.create(f"{unfinished}.new", header, images.labels)
+        os.replace(f"{unfinished}.new", unfinished)
+    while not file.exists() and not unfinished.exists():  # process 0 makes it
+        time.sleep(0.1)
+    if file.exists():
+        if not Cache(file, kind=kind).same(header):
+            raise InputError(f"{flag} {file}: holds other {kind}; name another file")
+        return False
+    cache = Cache(unfinished, "r+", kind)
+    if not cache.same(header):
+        raise InputError(f"{unfinished}: unfinished, of other images or another encoder; remove it first")
+    mine = np.arange(processes.rank, len(images), processes.world)
+    mine = mine[cache.status[mine] == 0].tolist()
+    loader = DataLoader(Subset(images, mine), args.batch or 32, num_workers=workers(args, processes))
+    with torch.no_grad(), progress(total=len(images), initial=max(0, len(images) - processes.world * len(mine)),
+                                   unit="img", desc="encode", disable=not processes.main) as bar:  # fmt: skip
+        for where, pixels, good in loader:
+            if good.any():
+                cache.values[where[good].numpy()] = encode(pixels[good].to(device) / 127.5 - 1).half().cpu().numpy()
+                cache.values.flush()  # before they are called encoded
+            cache.status[where.numpy()] = np.where(good.numpy(), 1, 2)
+            bar.update(min(len(where) * processes.world, len(images) - bar.n))
+    if not processes.main:
+        while not file.exists():
+            time.sleep(0.2)
+        return True
+    while (cache.status == 0).any():  # the other processes' share
+        time.sleep(0.2)
+    unreadable = np.flatnonzero(cache.status == 2)
+    try:
+        images.check_unreadable(len(unreadable))
+    except InputError:
+        cache.status[unreadable] = 0  # the same command tries them again
+        raise
+    cache.finish(**finish(cache))
+    cache.status.flush()
+    os.replace(unfinished, file)
+    return True
+
+
+class LatentStatistics:
+    """Mean and standard deviation of sampled latents, exactly, from a stream of posteriors."""
+
+    def __init__(self):
+        self.total = self.squares = self.count = 0
+
+    def add(self, mean, logvar):
+        """mean, logvar (N, C, h, w)"""
+        mean, logvar = mean.double(), logvar.double()
+        self.total = self.total + mean.sum((0, 2, 3)).cpu()
+        self.squares = self.squares + (mean.square() + logvar.exp()).sum().cpu()
+        self.count += mean[:, 0].numel()
+
+    def result(self):
+        """-> {"mean" per channel, "std" over all, "scale" = 1 / std}"""
+        mean = self.total / self.count
+        std = (self.squares / (self.count * len(mean)) - mean.mean() ** 2).sqrt().item()
+        return {"mean": mean.tolist(), "std": std, "scale": 1 / std}
 
 
 # ---- method -----------------------------------------------------------------------------------------------
@@ -285,29 +410,115 @@ def draw_times(n, sampling, mean_std, path, generator):
     return path.time(u)
 
 
-def diffusion_loss(diffusion, network, x0, eps, t, y=None, drop=None, weights=None):
-    """Squared error of the prediction at x_t = alpha x0 + sigma e, a mean per example.
+def diffusion_loss(diffusion, network, x0, eps, t, y=None, drop=None, weights=None, tokens=None):
+    """Squared error of the prediction at x_t = alpha x0 + sigma e, a mean per example, and where there are target
+    tokens (N, T, D), the network being an `Aligned`, the alignment of its hidden tokens to them.
 
-    x0, eps (N, *shape), t (N,), y (N,) classes, drop (N,) bool, weights (token_dim,) of EBFR -> (N,) float32
+    x0, eps (N, *shape), t (N,), y (N,) classes, drop (N,) bool, weights (token_dim,) of EBFR
+    -> (N,) float32, (N,) float32 or None
     """
     alpha, sigma = diffusion.path.alpha_sigma(like(t, x0))
-    output = diffusion.output(network, alpha * x0 + sigma * eps, t, y, drop).float()
-    error = (output - target(diffusion.path, diffusion.predict, x0, eps, t)).square()
+    output, aligned = diffusion.output(network, alpha * x0 + sigma * eps, t, y, drop), None
+    if tokens is not None:
+        output, student = output
+        aligned = alignment_loss(student, tokens)
+    error = (output.float() - target(diffusion.path, diffusion.predict, x0, eps, t)).square()
     if weights is not None:
         error = error * weights
     if diffusion.predict == "x0":
         error = error / (sigma**2 + X0_FLOOR)
-    return error.flatten(1).mean(1)
+    return error.flatten(1).mean(1), aligned
+
+
+class Aligned(nn.Module):
+    """A network and the projector of its hidden tokens after block `depth`: one forward call, as
+    DistributedDataParallel wants it. The same arguments -> (its output, projected tokens (N, T, D))
+    """
+
+    def __init__(self, network, projector, depth):
+        super().__init__()
+        self.network, self.projector, self.tap = network, projector, depth
+
+    def forward(self, x, t, y=None, drop=None):
+        output, hidden = self.network(x, t, y, drop, self.tap)
+        return output, self.projector(hidden)
+
+
+def make_target(args):
+    """`--repa`: a function of the encoder's tokens (N, T, D)."""
+    return {"repa": lambda tokens: tokens, "irepa": irepa_target,
+            "dog": lambda tokens: dog_target(tokens, *args.repa_sigmas)}[args.repa]  # fmt: skip
+
+
+class Targets:
+    """The tokens that a network of `tokens` hidden tokens is aligned to, from the encoder or from a cache of its own.
+
+    make(where, flip, images): of images (N, 3, S, S) in [-1, 1] as the network sees them -> (N, T, D). Attributes: dim;
+    encoder, None where tokens are cached. Raises InputError where the encoder cannot be had or does not fit.
+    """
+
+    def __init__(self, args, network, images, about, processes):
+        self.method, self.cache, self.encoder = make_target(args), None, None
+        side = self.side = math.isqrt(network.num_tokens)
+        file, what = args.cache_targets, f"--cache-targets {args.cache_targets}"
+        if not (file and Path(file).exists()):
+            self._load(args, processes)
+        if file and self.encoder:
+            header = about | {"kind": "tokens", "encoder": args.encoder, "shape": [len(images), 2, side**2, self.dim]}
+            fill_cache(file, header, images, self._both, processes, args, "--cache-targets")
+        if file:
+            self.cache, self.encoder = Cache(file, kind="tokens"), None
+            header, grid = self.cache.header, math.isqrt(self.cache.header["shape"][2])
+            check_images(about, header, what)
+            if header["encoder"] != args.encoder:
+                raise InputError(f"{what}: tokens of {header['encoder']}, not of --encoder {args.encoder}; name another file")
+            if grid != side:
+                raise InputError(f"{what}: {grid} x {grid} tokens, {args.model} has {side} x {side}; name another file")
+            self.dim = header["shape"][3]
+
+    def _load(self, args, processes):
+        resolution = PATCH_ENCODER_SIZE * max(1, args.size // 256)  # as published: 224 at 256 px, 448 at 512
+        try:
+            self.encoder = processes.local_first(lambda: load_encoder(args.encoder, processes.device, resolution))
+        except ValueError as error:
+            raise InputError(f"--encoder {args.encoder}: {error}") from error
+        blank = torch.zeros(1, 3, args.size, args.size, device=processes.device)
+        try:
+            self.dim = self.tokens(blank).shape[2]
+        except ValueError as error:
+            raise InputError(f"--encoder {args.encoder}: {error}") from error
+
+    @torch.no_grad()
+    def tokens(self, images):
+        """What the encoder makes of images, on the network's grid: (N, T, D)"""
+        return resize_tokens(self.encoder(images)[0].float(), self.side)
+
+    def _both(self, images):
+        return torch.stack((self.tokens(images), self.tokens(images.flip(-1))), 1)
+
+    def make(self, where, flip, images):
+        if self.cache:
+            tokens = self.cache.read(where, flip).to(flip.device)
+        else:
+            tokens = self.tokens(images)
+        return self.method(tokens)
+
+
+def make_projector(args, width, dim):
+    """REPA's on raw tokens, iREPA's on the others."""
+    return MLPProjector(width, dim, args.repa_width) if args.repa == "repa" else ConvProjector(width, dim)
 
 
 def draw_step(seed, step, n, shape, args, path, device):
-    """All that is random in a step, for the whole global batch, from (seed, step): t, noise, label drop, flip."""
+    """All that is random in a step, for the whole global batch, from (seed, step): t, noise, label drop, flip, and the
+    noise of the latents' posteriors (None in other spaces).
+    """
     g = generator(seed, step, 1, device=device)
     t = draw_times(n, args.t_sampling, args.t_logit_normal, path, g)
     eps = torch.randn(n, *shape, generator=g, device=device)
     drop = torch.rand(n, generator=g, device=device) < args.label_dropout
     flip = (torch.rand(n, generator=g, device=device) < 0.5) & args.flip
-    return t, eps, drop, flip
+    return t, eps, drop, flip, torch.randn(n, *shape, generator=g, device=device) if args.space == "latent" else None
 
 
 def learning_rate(step, args):
@@ -336,25 +547,36 @@ def fit_codec(store, size, block, processes, limit=(50_000, 300e6)):
 
 
 @torch.no_grad()
-def band_errors(diffusion, store, parts, seed, device, levels=(0.1, 0.5, 0.9)):
-    """Power of the x0 error over power of the image, per radial band, at a low, middle and high t (DCTdiff, section 3)
-    -> {t: [16 numbers]}, low to high; 1 is a prediction that knows nothing of the band, None a band without power.
-    parts: numbers of images in the store, a batch at a time; their noise follows from the seed.
+def band_errors(diffusion, examples, seed, device, levels=(0.1, 0.5, 0.9)):
+    """Power of the x0 error over power of the image (in latent space, of the latent), per radial band, at a low, middle
+    and high t (DCTdiff, section 3) -> {t: [16 numbers]}, low to high; 1 is a prediction that knows nothing of the band,
+    None a band without power. examples: batches (x0, y or None); their noise follows from the seed.
     """
-    images, predictions, noise = [], {level: [] for level in levels}, generator(seed, 2)
-    for numbers in parts:
-        x0 = diffusion.encode(store[numbers].to(device) / 127.5 - 1)
-        images.append(diffusion.decode(x0))
+    fields, predictions, noise = [], {level: [] for level in levels}, generator(seed, 2)
+    for x0, y in examples:
+        x0, y = x0.to(device), None if y is None else y.to(device)
+        fields.append(diffusion.field(x0))
         eps = torch.randn(x0.shape, generator=noise).to(device)
-        y = store.labels[store.indices[numbers]].to(device) if diffusion.classes else None
         denoise = diffusion.denoiser(y)
         for level in levels:
             t = torch.full((len(x0),), level, device=device)
             alpha, sigma = diffusion.path.alpha_sigma(like(t, x0))
-            predictions[level].append(diffusion.decode(denoise(alpha * x0 + sigma * eps, t)[0]))
-    images = torch.cat(images)
-    ratios = {str(level): band_error(torch.cat(made), images).tolist() for level, made in predictions.items()}
+            predictions[level].append(diffusion.field(denoise(alpha * x0 + sigma * eps, t)[0]))
+    fields = torch.cat(fields)
+    ratios = {str(level): band_error(torch.cat(made), fields).tolist() for level, made in predictions.items()}
     return {level: [r if math.isfinite(r) else None for r in ratio] for level, ratio in ratios.items()}
+
+
+@torch.no_grad()
+def held_out_loss(diffusion, examples, args, weights, device):
+    """Mean training loss of fixed examples, batches (x0, y or None), whose times and noise follow from the seed."""
+    g, total, count = generator(args.seed, 4), 0.0, 0
+    for x0, y in examples:
+        t = draw_times(len(x0), args.t_sampling, args.t_logit_normal, diffusion.path, g).to(device)
+        eps, y = torch.randn(x0.shape, generator=g).to(device), None if y is None else y.to(device)
+        loss, _ = diffusion_loss(diffusion, diffusion.network, x0.to(device), eps, t, y, weights=weights)
+        total, count = total + loss.sum().item(), count + len(x0)
+    return total / count
 
 
 # ---- measuring --------------------------------------------------------------------------------------------
@@ -480,27 +702,57 @@ class Log:
 # ---- settings ---------------------------------------------------------------------------------------------
 
 # What a flag is when it is not given. The tiny networks take a recipe that learns in minutes on a CPU (x0 prediction on
-# the flow path); all others take DCTdiff's published settings.
+# the flow path); all others take DCTdiff's published settings, in latent space SiT's (arXiv 2401.08740), which are
+# REPA's as well.
 TINY = dict(path="flow", predict="x0", t_sampling="logit-normal", ebfr=False, lr=2e-3, betas=[0.9, 0.99],
-            weight_decay=0.03, warmup=100, lr_decay="linear", ema=0.999, batch=64, steps=1800)  # fmt: skip
+            weight_decay=0.03, warmup=100, lr_decay="linear", ema=0.999, batch=64, steps=1800,
+            repa_width=512)  # fmt: skip
 PUBLISHED = dict(path="vp", predict="eps", t_sampling="uniform", ebfr=True, lr=2e-4, betas=[0.99, 0.99],
-                 weight_decay=0.03, warmup=5000, lr_decay="none", ema=0.9999, batch=256, steps=500_000)  # fmt: skip
+                 weight_decay=0.03, warmup=5000, lr_decay="none", ema=0.9999, batch=256, steps=500_000,
+                 repa_width=2048)  # fmt: skip
+LATENT = PUBLISHED | dict(path="flow", predict="v", ebfr=False, lr=1e-4, betas=[0.9, 0.999], weight_decay=0.0, warmup=0,
+                          steps=400_000)  # fmt: skip
 KEEP = {2: 4, 4: 9, 8: 18}  # coefficients kept per block [code]; 8 of 16 from 256 px on
 SNR_SCALE = {32: 2.0, 64: 4.0, 128: 4.0, 256: 4.0, 512: 12.0}  # c of the vp path by resolution, in DCT space [code]
 # On the flow path c is B^2 [ours]: dividing by eta, about 128 B, makes the noise of a token B times that of a pixel.
 MAY_CHANGE = set("steps device workers compile log_every eval_every save_every fresh benchmark out "
-                 "val features features_weights lpips_vgg lpips_heads eval_images eval_only spectrum encode "
-                 "ckpt".split())  # fmt: skip
+                 "val features features_weights lpips_vgg lpips_heads eval_images eval_only spectrum encode ckpt "
+                 "latents vae cache_targets rmsc".split())  # fmt: skip
+ALIGNMENT_DEPTH = 8  # at most, of the tap: of REPA's SiT-L and XL; 4 of 12 blocks in its SiT-B
+
+
+def adopt(args):
+    """Take images, size and space from the header of --latents, or from the autoencoder of --vae, where the command left
+    them open; what it says must agree. -> the latents, or None. Raises InputError.
+    """
+    if not (args.latents or args.vae):
+        return None
+    if args.space not in (None, "latent"):
+        raise InputError(f"--space {args.space}: --latents and --vae are for --space latent")
+    args.space, latents = "latent", Cache(args.latents) if args.latents else None
+    if latents is None:
+        args.size = args.size or read_checkpoint(args.vae, "autoencoder")["config"].get("size")
+        return None
+    header = latents.header
+    if args.size not in (None, header["size"]):
+        raise InputError(f"--size {args.size}: {args.latents} was made of images of {header['size']} pixels; leave it out")
+    args.size, args.data = header["size"], args.data or header["data"]
+    return latents
 
 
 def complete(args):
     """Fill in what the command left open, from the model, the space and the resolution. Raises InputError."""
-    parse_model(args.model)
+    network, sizes, _ = parse_model(args.model)
+    if args.space is None:
+        args.space = "latent" if args.latents or args.vae else "dct"
+    if args.space == "latent" and not (args.latents or args.vae):
+        raise InputError("--space latent: needs --latents FILE (of train_vae.py --encode) or --vae CKPT")
+    args.data, args.size = args.data or "dead-leaves", args.size or 32
     tiny, dct = args.model.lower().partition("/")[0].endswith(("nano", "tiny")), args.space == "dct"
     given = [name for name in ("block", "keep", "ebfr") if getattr(args, name)]
     if given and not dct:
         raise InputError(f"--{' --'.join(given)}: only for --space dct")
-    for name, value in (TINY if tiny else PUBLISHED).items():
+    for name, value in (TINY if tiny else LATENT if args.space == "latent" else PUBLISHED).items():
         if getattr(args, name) is None:
             setattr(args, name, value if name != "ebfr" else value and dct)
     if dct and args.block is None:
@@ -514,9 +766,19 @@ def complete(args):
         make_codec(vars(args) | {"eta": 1.0})  # raises where size, block and keep do not fit together
     if args.out is None:
         args.out = f"runs/{short_name(args.data)}-{args.size}-{args.space}-{args.model.lower().replace('/', '-')}"
-    check_ranges(args, snr_scale=1e-9)
+    check_ranges(args, snr_scale=1e-9, repa_weight=0, repa_stop=1, repa_width=1)
     if not 0 <= args.label_dropout < 1:
         raise InputError(f"--label-dropout {args.label_dropout}: must lie in [0, 1)")
+    if not args.repa and args.cache_targets is not None:
+        raise InputError("--cache-targets: is for --repa repa, irepa or dog")
+    low, high = args.repa_sigmas
+    if not 0 <= low < high:
+        raise InputError(f"--repa-sigmas {low:g} {high:g}: the first must be the smaller, and not negative; 0.6 2 does")
+    depth = sizes["depth"] if network is DiT else sizes["depth"] // 2 * 2 + 1
+    if args.repa_depth is None:
+        args.repa_depth = max(1, min(ALIGNMENT_DEPTH, depth // 3))
+    if not 1 <= args.repa_depth <= depth:
+        raise InputError(f"--repa-depth {args.repa_depth}: {args.model} has blocks 1 to {depth}")
 
 
 def check_ranges(args, **least):
@@ -554,7 +816,7 @@ def open_run(args, kind):
         return checkpoint
     if run.exists() and not run.is_dir():
         raise InputError(f"--out {run}: is a file; name a folder")
-    own = ("metrics.jsonl", "samples", "checkpoint.pt.tmp", "images-")
+    own = ("metrics.jsonl", "samples", "checkpoint.pt.tmp", "images-", "autoencoder.pt", "targets-")
     others = [p.name for p in run.iterdir() if not p.name.startswith(own)] if run.is_dir() else []
     if others or (args.fresh and run.is_dir() and any(run.iterdir())):
         there = ", ".join(others[:3]) or "a started run"
@@ -569,7 +831,8 @@ def benchmark(args, images, processes, encode, names, step, count_flops, dtype):
     """`--benchmark N`: times of N steps, part by part, and of file to network input; nothing is written.
 
     encode(pixels in [-1, 1]) makes the network's input; step(i, pixels, mark) does this process's share of step i and
-    calls mark(name) after each part in `names`; count_flops() -> FLOPs of one image, forward and backward.
+    calls mark(name) after each part in `names`; count_flops() -> FLOPs of one image, forward and backward. images None:
+    the step reads its data itself.
     """
     device, say, clock, threads = processes.device, processes.print, time.perf_counter, torch.get_num_threads()
     torch.set_num_threads(1)
@@ -578,18 +841,18 @@ def benchmark(args, images, processes, encode, names, step, count_flops, dtype):
         start, results = clock(), [function(item) for item in items]
         return (clock() - start) / len(results) * 1e3, results
 
-    read, pixels = lap(images.read, range(len(images)))  # decode, crop, resize
-    pixels = [image for image in pixels if image is not None]
-    lap(lambda image: encode(image[None].to(device) / 127.5 - 1), pixels[:4])  # warms up
-    encoding, _ = lap(lambda image: encode(image[None].to(device) / 127.5 - 1), pixels)
-    synchronize(device)
+    n, all_times, batch = args.batch // processes.world, [], None
+    if images is not None:
+        read, pixels = lap(images.read, range(len(images)))  # decode, crop, resize
+        pixels = [image for image in pixels if image is not None]
+        lap(lambda image: encode(image[None].to(device) / 127.5 - 1), pixels[:4])  # warms up
+        encoding, _ = lap(lambda image: encode(image[None].to(device) / 127.5 - 1), pixels)
+        synchronize(device)
+        split = f"{read:.2f} file to pixels + {encoding:.2f} pixels to network input"
+        say(f"data, one core   {read + encoding:8.2f} ms/image = {split}")
+        say(f"                 {1e3 / (read + encoding):8.0f} images/s a core, {len(pixels)} images of {args.size} px")
+        batch = torch.stack(pixels).repeat(math.ceil(n / len(pixels)), 1, 1, 1)[:n]
     torch.set_num_threads(threads)
-    split = f"{read:.2f} file to pixels + {encoding:.2f} pixels to network input"
-    say(f"data, one core   {read + encoding:8.2f} ms/image = {split}")
-    say(f"                 {1e3 / (read + encoding):8.0f} images/s a core, {len(pixels)} images of {args.size} px")
-
-    n, all_times = args.batch // processes.world, []
-    batch = torch.stack(pixels).repeat(math.ceil(n / len(pixels)), 1, 1, 1)[:n]
     times, last = {}, clock()
 
     def mark(name):
@@ -619,41 +882,53 @@ def benchmark(args, images, processes, encode, names, step, count_flops, dtype):
     say(f"peak memory      {peak / 2**20:8.0f} MiB")
 
 
-def benchmark_diffusion(args, images, diffusion, weights, processes, amp):
+def benchmark_diffusion(args, images, diffusion, trained, weights, latents, targets, processes, amp):
     """`--benchmark N` of this program."""
     device, (context, dtype) = processes.device, amp
-    network = processes.wrap(torch.compile(diffusion.network) if args.compile else diffusion.network)
-    optimizer, n = make_optimizer(diffusion.network, args), args.batch // processes.world
+    network, optimizer, n = wrap(trained, args, processes), make_optimizer(trained, args), args.batch // processes.world
+    where = None if latents is None else torch.from_numpy(np.resize(latents.indices, n))
+    blank = torch.zeros(n, 3, args.size, args.size, device=device)  # where latents come without their images
 
     def step(i, pixels, mark):
-        x0 = diffusion.encode(pixels.to(device) / 127.5 - 1)
-        t, eps, drop, _ = draw_step(args.seed, i, n, diffusion.shape, args, diffusion.path, device)
+        t, eps, drop, flip, noise = draw_step(args.seed, i, n, diffusion.shape, args, diffusion.path, device)
+        x0, x = clean(diffusion, latents, where, pixels, flip, noise)
         y = torch.zeros(n, dtype=torch.long, device=device) if diffusion.classes else None
         mark("data")
+        with context():
+            tokens = targets.make(where, flip, blank if x is None else x) if targets else None
+        mark("targets")
         for part in torch.arange(n, device=device).chunk(args.grad_accum):
             with context():
-                labels = None if y is None else y[part]
-                loss = diffusion_loss(diffusion, network, x0[part], eps[part], t[part], labels, drop[part], weights)
+                loss, aligned = diffusion_loss(diffusion, network, x0[part], eps[part], t[part],
+                                               None if y is None else y[part], drop[part], weights,
+                                               tokens[part] if targets else None)  # fmt: skip
             mark("forward")
-            loss.mean().backward()
+            (loss.mean() + args.repa_weight * aligned.mean() if targets else loss.mean()).backward()
             mark("backward")
-        torch.nn.utils.clip_grad_norm_(diffusion.network.parameters(), args.clip or math.inf)
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), args.clip or math.inf)
         optimizer.step()
         optimizer.zero_grad()
         mark("optimizer")
 
-    names = ("data", "forward", "backward", "optimizer")
+    names = ("data", "targets", "forward", "backward", "optimizer")
     benchmark(args, images, processes, diffusion.encode, names, step, lambda: diffusion_flops(diffusion, device), dtype)
+
+
+def wrap(network, args, processes):
+    return processes.wrap(torch.compile(network) if args.compile else network)
 
 
 # ---- training ---------------------------------------------------------------------------------------------
 
 GRID_STEPS, GRID_GUIDANCE = 50, 1.5
+EVAL_IMAGES = 1024  # looked at by an evaluation, up to 64 px; a quarter of them above
+SCALE_IMAGES, TARGET_IMAGES = 256, 256  # whose latents give a scale, whose tokens --rmsc looks at
+DOG_SIGMAS = ((0.0, 1.0), (0.0, 2.0), (0.6, 2.0), (0.0, 4.0), (0.0, math.inf))  # that --rmsc shows beside its own
 
 
 def set_up(args, kind):
-    """What both trainers begin with -> the processes, the images, the checkpoint to resume from or None, this process's
-    share of a batch (a slice), images at once. Raises InputError.
+    """What both trainers begin with -> the processes, the checkpoint to resume from or None, this process's share of a
+    batch (a slice), images at once. Raises InputError.
     """
     processes = Processes(args.device)
     parts = processes.world * args.grad_accum
@@ -663,12 +938,23 @@ def set_up(args, kind):
         )
     local = args.batch // processes.world
     share = slice(processes.rank * local, (processes.rank + 1) * local)
+    checkpoint = None if args.benchmark else open_run(args, kind)
+    processes.barrier()  # all have looked before any writes
+    return processes, checkpoint, share, args.batch // parts
+
+
+def open_images(args, processes):
+    """The images of --data, of a benchmark a few."""
     images = processes.local_first(lambda: Images(args.data, args.size))
     if args.benchmark:
         images.thin(2**24 // args.size**2)
-    checkpoint = None if args.benchmark else open_run(args, kind)
-    processes.barrier()  # all have looked before any writes
-    return processes, images, checkpoint, share, args.batch // parts
+    return images
+
+
+def image_header(images):
+    """What a cache says of the images it was made of."""
+    return {"size": images.size, "data": images.spec, "count": len(images), "first": str(images.names[0]),
+            "last": str(images.names[-1]), "classes": images.classes}  # fmt: skip
 
 
 def workers(args, processes):
@@ -710,38 +996,150 @@ def make_optimizer(network, args):
     return torch.optim.AdamW(trained, args.lr, tuple(args.betas), weight_decay=args.weight_decay, fused=True)
 
 
-def evaluate(diffusion, store, folder, step, args, device, batch):
-    """A grid of samples from fixed noise into RUN/samples/, and the x0 error by radial band of fixed images.
-    `batch`: images at a time; four times what training takes at once fits, there being no gradients.
+def clean(diffusion, latents, where, pixels, flip, noise):
+    """What a step learns from: images `where` (n,) of cached latents, or pixels (n, 3, S, S) uint8; mirrored where flip
+    (n,); noise samples the latents' posteriors -> x0 (n, *shape), images (n, 3, S, S) in [-1, 1] or None
     """
-    count, classes = 64 if args.size <= 64 else 16, diffusion.classes
-    guidance, images = GRID_GUIDANCE if classes and args.label_dropout else 1.0, []
+    x = None
+    if pixels is not None:
+        x = pixels.to(flip.device, non_blocking=True) / 127.5 - 1
+        x = torch.where(like(flip, x), x.flip(-1), x)
+    if latents is None:
+        return diffusion.encode(x, noise), x
+    return diffusion.from_moments(*latents.read(where, flip).to(flip.device).chunk(2, 1), noise), x
+
+
+@torch.no_grad()
+def examples(args, diffusion, store, latents, labels, device, batch):
+    """The images that evaluations look at, of --val or else of the training data: batches (x0, y or None) on the CPU."""
+    found, noise, count = [], generator(args.seed, 5), EVAL_IMAGES if args.size <= 64 else EVAL_IMAGES // 4
+    if args.val:
+        latents, store = None, Images(args.val, args.size)
+        if diffusion.classes and store.classes != diffusion.classes:
+            raise InputError(f"--val {args.val}: its classes are {store.classes}, those of the data {diffusion.classes}")
+        store.thin(count)
+        labels = torch.tensor(store.labels) if diffusion.classes else None
+        batches = ((where[good], pixels[good]) for where, pixels, good in DataLoader(store, batch))
+    else:
+        numbers = torch.linspace(0, store.count - 1, min(store.count, count), dtype=torch.float64).long().split(batch)
+        batches = ((torch.from_numpy(store.indices[n.numpy()]), None if latents else store[n]) for n in numbers)
+    for where, pixels in batches:
+        drawn = torch.randn(len(where), *diffusion.shape, generator=noise).to(device) if diffusion.vae else None
+        flip = torch.zeros(len(where), dtype=torch.bool, device=device)
+        x0, _ = clean(diffusion, latents, where, pixels, flip, drawn)
+        found.append((x0.cpu(), labels[where] if diffusion.classes else None))
+    return found
+
+
+def evaluate(diffusion, shown, weights, folder, step, args, device, batch):
+    """A grid of samples from fixed noise into RUN/samples/; the x0 error by radial band of the examples `shown` and, with
+    --val, their loss. `batch`: images at a time; four times what training takes at once fits, there being no gradients.
+    """
+    count = 64 if args.size <= 64 else 16
+    guidance, images = GRID_GUIDANCE if diffusion.classes and args.label_dropout else 1.0, []
     for part in torch.arange(count).split(batch):
-        y = (part % len(classes)).to(device) if classes else None
+        y = (part % len(diffusion.classes)).to(device) if diffusion.classes else None
         images.append(generate(diffusion, part, args.seed, device, y, steps=GRID_STEPS, guidance=guidance))
     save_grid(torch.cat(images), folder / "samples" / f"step{step:07d}.png", math.isqrt(count))
-    chosen = torch.linspace(0, store.count - 1, 256 if args.size <= 64 else 32, dtype=torch.float64).long()
-    return band_errors(diffusion, store, chosen.split(batch), args.seed, device)
+    result = {"x0_error_by_band": band_errors(diffusion, shown, args.seed, device)}
+    return result | ({"val_loss": held_out_loss(diffusion, shown, args, weights, device)} if args.val else {})
+
+
+def open_vae(args, latents, checkpoint, device):
+    """The frozen autoencoder of latent space -> (vae, the config's part of it, where it is). Raises InputError."""
+    own, header = Path(args.out) / "autoencoder.pt", latents.header if latents else {}
+    begun = checkpoint["config"] if checkpoint else {}
+    if begun and latents and header["autoencoder"] != begun["autoencoder"]:
+        raise InputError(
+            f"--latents {args.latents}: made by autoencoder {header['autoencoder']}, {args.out} was begun with latents of "
+            f"{begun['autoencoder']}; give those, or another --out"
+        )
+    path = args.vae or (own if begun else header["vae"])
+    wanted = header.get("autoencoder") or begun.get("autoencoder")
+    vae, info = open_autoencoder(path, device, wanted, args.latents or args.out)
+    if args.size % vae.factor:
+        raise InputError(f"--size {args.size}: the autoencoder {path} takes multiples of {vae.factor}")
+    side, scales = args.size // vae.factor, (begun, header, info["latent"] or {})
+    scale = next((known["scale"] for known in scales if known.get("scale")), None)
+    return vae, {"latent_shape": [vae.latent_channels, side, side], "scale": scale, "autoencoder": info["weights"]}, path
+
+
+def keep_autoencoder(path, folder):
+    """Copy an autoencoder into a run, which sampling then needs nothing beside."""
+    known = read_checkpoint(path, "autoencoder")
+    known |= {"model": known["ema"] or known["model"], "ema": None}
+    kept = {part: known.get(part) for part in ("config", "model", "ema", "step", "latent")}
+    write_atomically(folder / "autoencoder.pt", lambda f: torch.save(kept, f))
+
+
+@torch.no_grad()
+def measure_scale(store, vae, device):
+    """1 / std of the latents of up to 256 images, for an autoencoder that does not know its scale."""
+    statistics, count = LatentStatistics(), min(store.count, SCALE_IMAGES)
+    for part in torch.linspace(0, store.count - 1, count, dtype=torch.float64).long().split(8):
+        statistics.add(*vae.encode(store[part].to(device) / 127.5 - 1))
+    return statistics.result()["scale"]
+
+
+def check_images(about, header, what):
+    """Raise InputError where the images that `about` is of (see `image_header`) are not those of a cache."""
+    for key in ("size", "count", "first", "last", "classes"):
+        there = header["shape"][0] if key == "count" else header[key]
+        if about[key] != there:
+            raise InputError(f"{what}: made of other images than {about['data']}: {key} {there}, now {about[key]}")
+
+
+def make_network(args, config):
+    """A network without weights, to look at. Raises InputError where its parts do not fit together."""
+    with torch.device("meta"):
+        network = build_network(config | {"eta": 1.0})
+    if args.repa and math.isqrt(network.num_tokens) ** 2 != network.num_tokens:
+        raise InputError(f"--repa: the {network.num_tokens} tokens of {args.model} form no square grid")
+    return network
 
 
 def main(args):
     # ---- set-up
+    latents = adopt(args)
     complete(args)
-    processes, images, checkpoint, share, micro = set_up(args, "diffusion")
+    if args.rmsc:
+        return compare_targets(args, latents)
+    processes, checkpoint, share, micro = set_up(args, "diffusion")
     device, folder, say, local = processes.device, Path(args.out), processes.print, share.stop - share.start
-    if checkpoint and checkpoint["step"] >= args.steps:
-        return finished(args, say, checkpoint["step"], again=True)
-
-    if args.classes and not images.classes:
-        raise InputError(f"--classes: {args.data} has none; sort its images into a folder a class, or leave it out")
-    classes = images.classes if args.classes is not False else None
-    named = ("space", "size", "model", "path", "snr_scale", "predict", "label_dropout", "block", "keep")
-    config = {name: getattr(args, name) for name in named} | {"classes": classes}
-    with torch.device("meta"):
-        build_network(config | {"eta": 1.0})  # raises before any work where model and size do not fit
+    step = checkpoint["step"] if checkpoint else 0
+    if checkpoint and step >= args.steps:
+        return finished(args, say, step, again=True)
+    aligning = bool(args.repa) and step < (args.repa_stop or math.inf)
 
     # ---- data
-    store = open_store(args, images, processes, checkpoint)
+    images, cached = None, args.cache_targets and Path(args.cache_targets).exists()
+    if latents is None or (aligning and not cached and not args.benchmark):
+        images = open_images(args, processes)
+    about = image_header(images) if images else latents.header | {"count": latents.header["shape"][0]}
+    if latents:
+        check_images(about, latents.header, f"--latents {args.latents}")
+    if args.classes and not about["classes"]:
+        raise InputError(f"--classes: {args.data} has none; sort its images into a folder a class, or leave it out")
+    classes = about["classes"] if args.classes is not False else None
+    named = ("space", "size", "model", "path", "snr_scale", "predict", "label_dropout", "block", "keep")
+    config = {name: getattr(args, name) for name in named} | {"classes": classes}
+    vae = origin = None
+    if args.space == "latent":
+        vae, found, origin = open_vae(args, latents, checkpoint, device)
+        config |= found
+    network = make_network(args, config)  # raises before any work
+    if not args.benchmark:
+        folder.mkdir(parents=True, exist_ok=True)
+    targets = Targets(args, network, images, about, processes) if aligning else None
+    if latents and (args.benchmark or not (targets and targets.encoder)):
+        store = latents
+    else:
+        store = open_store(args, images, processes, checkpoint)
+        if latents:
+            store.align(latents.indices)
+    if checkpoint and checkpoint["data_count"] != store.count:
+        raise InputError(f"--latents {args.latents}: {store.count} images, {folder} began with {checkpoint['data_count']}")
+    labels = torch.from_numpy(latents.labels.astype(np.int64)) if latents else store.labels
 
     # ---- model
     if checkpoint:
@@ -753,31 +1151,45 @@ def main(args):
             )
     elif args.space == "dct":
         config |= measure_codec(args, store, processes)
+    elif vae and not config["scale"]:
+        config |= {"scale": measure_scale(store, vae, device)}
     torch.manual_seed(args.seed)  # the same weights in every process
-    diffusion = Diffusion(config)
-    network = diffusion.network.to(device).train()
+    diffusion = Diffusion(config, vae=vae)
+    trained = network = diffusion.network.to(device).train()
+    if args.repa:
+        dim = targets.dim if targets else checkpoint["target_dim"]
+        trained = Aligned(network, make_projector(args, network.width, dim).to(device), args.repa_depth)
     weights = ebfr_weights(torch.tensor(config["entropies"]), config["keep"]).to(device) if args.ebfr else None
     amp, dtype = autocast(args, device)
     if args.benchmark:
-        return benchmark_diffusion(args, images, diffusion, weights, processes, (amp, dtype))
-    optimizer, ema = make_optimizer(network, args), copy.deepcopy(network).eval().requires_grad_(False)
+        return benchmark_diffusion(args, images, diffusion, trained, weights, latents, targets, processes, (amp, dtype))
+    optimizer, ema = make_optimizer(trained, args), copy.deepcopy(network).eval().requires_grad_(False)
     scaler = make_scaler(device, dtype)
 
     # ---- resume
-    step = 0
     if checkpoint:
         load_weights(network, checkpoint["model"], folder)
         load_weights(ema, checkpoint["ema"], folder)
+        if args.repa:
+            load_weights(trained.projector, checkpoint["projector"], folder)
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
-        step = checkpoint["step"]
-    sampled = Diffusion(config, ema)
+    elif vae and processes.main:
+        keep_autoencoder(origin, folder)
+    sampled = Diffusion(config, ema, vae)
     order = DataOrder(store.count, args.batch, args.seed)
+    shown = examples(args, diffusion, store, latents, labels, device, 4 * micro) if processes.main else None
     epochs = args.steps * args.batch / store.count
     say(f"data     {store.how}" + (f", {len(classes)} classes" if classes else ", no classes"))
+    if vae:
+        say(f"latents  scale {config['scale']:.4f}, autoencoder {config['autoencoder']} ({origin})")
     millions = sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6
     say(f"model    {args.model}, {millions:.2f}M parameters, input {' x '.join(map(str, diffusion.shape))}")
     say(f"         {args.path} path, c = {args.snr_scale:g}, predicts {args.predict}")
+    if args.repa:
+        millions = sum(p.numel() for p in trained.projector.parameters()) / 1e6
+        say(f"aligned  block {args.repa_depth} to {args.repa} of {args.encoder}, weight {args.repa_weight:g}, "
+            f"projector {millions:.2f}M" + (f", until step {args.repa_stop}" if args.repa_stop else ""))  # fmt: skip
     say(f"training {args.steps} steps of {args.batch} = {epochs:.1f} epochs, on {processes.world} x {device.type}")
     say(f"         into {folder}" + (f", resumed at step {step}" if checkpoint else ""))
 
@@ -786,6 +1198,8 @@ def main(args):
             state = {
                 "model": network.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(), "step": step, "images_seen": step * args.batch, "config": config,
+                "projector": trained.projector.state_dict() if args.repa else None,
+                "target_dim": dim if args.repa else None,
                 # the data order and every random draw of the steps to come follow from these
                 "random": {"seed": args.seed, "next_step": step}, "data_count": store.count,
                 "args": plain_arguments(args),
@@ -796,25 +1210,31 @@ def main(args):
     flops, peak = 0, 1
     if device.type == "cuda":
         flops, peak = diffusion_flops(diffusion, device), matmul_rate(device, dtype) * processes.world
-    wrapped = processes.wrap(torch.compile(network) if args.compile else network)
+    wrapped = wrap(trained if aligning else network, args, processes)
     log = Log(args, processes, store.count, step, flops, peak)
     for where, pixels in store.batches(order, range(step, args.steps), share):
+        if targets and step == args.repa_stop:
+            wrapped, targets = wrap(network, args, processes), None
         drawn = draw_step(args.seed, step, args.batch, diffusion.shape, args, diffusion.path, device)
-        t, eps, drop, flip = (values[share] for values in drawn)
-        x0 = pixels.to(device, non_blocking=True) / 127.5 - 1  # (N, 3, S, S)
-        x0 = diffusion.encode(torch.where(like(flip, x0), x0.flip(-1), x0))
-        y = store.labels[where].to(device) if classes else None
+        t, eps, drop, flip, noise = (None if values is None else values[share] for values in drawn)
+        x0, x = clean(diffusion, latents, where, pixels, flip, noise)
+        y = labels[where].to(device) if classes else None
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         for start in range(0, local, micro):
             part, last = slice(start, start + micro), start + micro == local
             with processes.no_sync(wrapped, last):
                 with amp():
-                    loss = diffusion_loss(diffusion, wrapped, x0[part], eps[part], t[part],
-                                          None if y is None else y[part], drop[part], weights)  # fmt: skip
-                scaler.scale(loss.mean() / args.grad_accum).backward()
+                    tokens = targets.make(where[part], flip[part], None if x is None else x[part]) if targets else None
+                    loss, aligned = diffusion_loss(diffusion, wrapped, x0[part], eps[part], t[part],
+                                                   None if y is None else y[part], drop[part], weights,
+                                                   tokens)  # fmt: skip
+                total = loss.mean() + args.repa_weight * aligned.mean() if targets else loss.mean()
+                scaler.scale(total / args.grad_accum).backward()
             log.add("loss", loss)
             log.add("loss_by_quarter_of_t", loss, (t[part] * 4).long().clamp_max(3), bins=4)
+            if targets:
+                log.add("alignment", aligned)
         take_step(optimizer, scaler, log, args, dtype)
         update_ema(ema, network, step, args.ema)
         step += 1
@@ -826,10 +1246,53 @@ def main(args):
         # evaluate
         if step % args.eval_every == 0 or step == args.steps:
             if processes.main:
-                log.write(step=step, x0_error_by_band=evaluate(sampled, store, folder, step, args, device, 4 * micro))
+                log.write(step=step, **evaluate(sampled, shown, weights, folder, step, args, device, 4 * micro))
             log.restart_clock(step)
     log.bar.close()
     finished(args, say, step)
+
+
+def compare_targets(args, latents):
+    """`--rmsc`: LDS, RMSC and directional energy by band of raw, iREPA and DoG targets, on the data, before any training;
+    and a picture of them.
+    """
+    processes = Processes(args.device)
+    args.repa, args.cache_targets, config = args.repa or "repa", None, vars(args) | {"classes": None}
+    if args.space == "latent":
+        config |= open_vae(args, latents, None, processes.device)[1]
+    images = open_images(args, processes)
+    targets = Targets(args, make_network(args, config), images, image_header(images), processes)
+    if not processes.main:
+        return
+    images.thin(TARGET_IMAGES)
+    found, shown = [], None
+    with progress(total=len(images), unit="img", desc="targets", leave=False) as bar:
+        for _, pixels, good in DataLoader(images, min(32, args.batch)):
+            x = pixels[good].to(processes.device) / 127.5 - 1
+            shown = x[:8].cpu() if shown is None else shown
+            found.append(targets.tokens(x).cpu())
+            bar.update(len(good))
+    tokens, say, side = torch.cat(found), processes.print, targets.side
+    rows = {"raw (repa)": tokens, "irepa": irepa_target(tokens)}
+    for low, high in dict.fromkeys([tuple(args.repa_sigmas), *DOG_SIGMAS]):
+        rows[f"dog {low:g} {high:g}"] = dog_target(tokens, low, high)
+    bins = max(2, min(8, side // 2))
+    say(f"{args.encoder} on {len(tokens)} images of {images.spec}: {side} x {side} tokens of {targets.dim}")
+    say("target         LDS   RMSC  directional energy by band, low to high")
+    for name, row in rows.items():
+        energy = directional_energy(as_map(row), bins).mean(0).tolist()
+        say(f"{name:12}{lds(row).mean():6.3f} {rmsc(as_map(row)).mean():6.3f}  " + " ".join(f"{e:.3f}" for e in energy))
+    pictures = [shown] + [principal_colours(row[: len(shown)], args.size) for row in rows.values()]
+    file = save_grid(torch.cat(pictures), Path(args.out) / "samples" / "targets.png", len(shown))
+    say(f"picture {file}: images, and a row a target, in its first three principal components")
+
+
+def principal_colours(tokens, size):
+    """The first three principal components of tokens (N, T, D) as images (N, 3, size, size) in [-1, 1]."""
+    flat = tokens.flatten(0, 1) - tokens.flatten(0, 1).mean(0)  # (N T, D)
+    colours = flat @ torch.linalg.svd(flat, full_matrices=False).Vh[:3].mT
+    colours = (colours / (2 * colours.std(0) + 1e-6)).clamp(-1, 1).unflatten(0, tokens.shape[:2])  # (N, T, 3)
+    return F.interpolate(as_map(colours), (size, size))
 
 
 def measure_codec(args, store, processes):
@@ -858,16 +1321,19 @@ def finished(args, say, step, again=False):
         say("  your own python train_diffusion.py --data FOLDER_OR_ZIP --size 64")
 
 
-def recipe_defaults(small, large, which):
-    """-> both(name), the end of a help text: a flag's default in two recipes."""
+def recipe_defaults(**recipes):
+    """recipes: name=dict -> each(name), the end of a help text: a flag's default in each of them."""
 
-    def both(name):
-        values = [" ".join(map(str, d[name])) if isinstance(d[name], list) else d[name] for d in (small, large)]
-        if values[0] == values[1]:
-            return f"(default: {values[0]})"
-        return "(default: {} for {which}, {} for others)".format(*values, which=which)
+    def each(name):
+        shown = {}
+        for which, recipe in recipes.items():
+            value = " ".join(map(str, recipe[name])) if isinstance(recipe[name], list) else str(recipe[name])
+            shown.setdefault(value, []).append(which.replace("_", " "))
+        if len(shown) == 1:
+            return f"(default: {next(iter(shown))})"
+        return "(default: " + ", ".join(f"{value} for {' and '.join(names)}" for value, names in shown.items()) + ")"
 
-    return both
+    return each
 
 
 def add_training_flags(add, both):
@@ -901,14 +1367,21 @@ def add_training_flags(add, both):
 def make_parser():
     flag = argparse.BooleanOptionalAction
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, both = parser.add_argument, recipe_defaults(TINY, PUBLISHED, "nano and tiny models")
-    add("--data", default="dead-leaves", metavar="SPEC",
-        help="folder, .zip, cifar10, dead-leaves or dead-leaves:full (default: dead-leaves)")  # fmt: skip
-    add("--size", type=int, default=32, metavar="PIXELS", help="images are cropped and resized to this (default: 32)")
+    add, both = parser.add_argument, recipe_defaults(nano_or_tiny_models=TINY, others=PUBLISHED, others_on_latents=LATENT)
+    add("--data", metavar="SPEC",
+        help="folder, .zip, cifar10, dead-leaves or dead-leaves:full (default: dead-leaves, with --latents what they were "
+        "made of)")  # fmt: skip
+    add("--val", metavar="SPEC", help="images held out, whose loss evaluations report (default: none)")
+    add("--size", type=int, metavar="PIXELS",
+        help="images are cropped and resized to this (default: 32, with --latents or --vae theirs)")  # fmt: skip
     add("--out", metavar="RUN", help="run folder (default: runs/DATA-SIZE-SPACE-MODEL)")
-    add("--space", default="dct", choices=("dct", "pixel"), help="what is diffused (default: dct)")
+    add("--space", choices=("dct", "pixel", "latent"),
+        help="what is diffused (default: latent with --latents or --vae, else dct)")  # fmt: skip
+    add("--latents", metavar="FILE", help="latent cache of train_vae.py --encode, whose header says what else is needed")
+    add("--vae", metavar="CKPT", help="autoencoder: run of train_vae.py or SD-VAE weights; encodes at every step, or says "
+        "where that of --latents is now (default: where it was)")  # fmt: skip
     add("--model", default="dit-nano", metavar="NAME",
-        help="uvit-nano|tiny|s|m|l|h or dit-nano|tiny|s|b|l|xl, in pixel space with /PATCH (default: dit-nano)")  # fmt: skip
+        help="uvit-nano|tiny|s|m|l|h or dit-nano|tiny|s|b|l|xl, in pixel and latent space with /PATCH (default: dit-nano)")  # fmt: skip
 
     add("--path", choices=("vp", "flow"), help=f"noise path {both('path')}")
     add("--predict", choices=("eps", "v", "x0"), help=f"what the network predicts {both('predict')}")
@@ -916,7 +1389,7 @@ def make_parser():
     add("--t-logit-normal", type=float, nargs=2, default=[0.5, 1.0], metavar=("MEAN", "STD"),
         help="of logit t (default: 0.5 1)")  # fmt: skip
     add("--snr-scale", type=float, metavar="C",
-        help="SNR scaling (default: 1 in pixel space; in DCT space B^2 on flow, on vp 2 to 12 by size)")  # fmt: skip
+        help="SNR scaling (default: 1; in DCT space B^2 on flow, on vp 2 to 12 by size)")  # fmt: skip
     add("--block", type=int, metavar="B",
         help="DCT block size (default: 2 to 64 px, 4 to 256, 8 at 512; at least 4 for nano and tiny models)")  # fmt: skip
     add("--keep", type=int, metavar="K",
@@ -930,6 +1403,21 @@ def make_parser():
         metavar="P",
         help="share of labels made the null class (default: 0.1)",
     )
+    add("--repa", choices=("repa", "irepa", "dog"),
+        help="align hidden tokens to an encoder's: raw, spatially normalised, or band-passed (default: off)")  # fmt: skip
+    add("--encoder", default="facebookresearch/dinov2:dinov2_vitb14", metavar="SPEC",
+        help="hog, or a torch.hub entry REPO:ENTRY, REPO a local folder or on GitHub (default: "
+        "facebookresearch/dinov2:dinov2_vitb14)")  # fmt: skip
+    add("--repa-depth", type=int, metavar="K",
+        help="the block after which tokens are aligned (default: a third of the network, at most 8)")  # fmt: skip
+    add("--repa-weight", type=float, default=0.5, metavar="W", help="of the alignment loss (default: 0.5)")
+    add("--repa-stop", type=int, metavar="STEP", help="align no longer from this step on (default: never)")
+    add("--repa-sigmas", type=float, nargs=2, default=[0.0, 2.0], metavar=("S1", "S2"),
+        help="of dog, in tokens; S1 may be 0, S2 inf (default: 0 2)")  # fmt: skip
+    add("--repa-width", type=int, metavar="N", help=f"width of repa's projector {both('repa_width')}")
+    add("--cache-targets", metavar="FILE", help="keep the encoder's tokens of all images and mirror images in this file, "
+        "made at the first use (default: off, the encoder runs at every step)")  # fmt: skip
+    add("--rmsc", action="store_true", help="only measure the targets of --encoder on the data, train nothing")
     add_training_flags(add, both)
     return parser
 

@@ -15,9 +15,6 @@ import argparse
 import copy
 import json
 import math
-import os
-import shutil
-import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,10 +32,10 @@ from sample import (Images, InputError, crop_text, fingerprint, frechet_distance
 from spectral_losses import (BINS, DSM_KEEP_ALL, DSM_LEVELS, block_that_fits, downscale, esm_loss, kl_loss, log_shares,
                              low_pass, power_law_exponent, resize_to_latent, scale_and_rotate, spectral_kl,
                              vf_loss)  # fmt: skip
-from train_diffusion import (DISK_SHARE, DataOrder, Latents, Log, Processes, add_training_flags, autocast, benchmark,
-                             check_ranges, count_flops, learning_rate, make_optimizer, make_scaler, matmul_rate,
-                             open_store, plain_arguments, recipe_defaults, set_up, take_step, update_ema,
-                             workers)  # fmt: skip
+from train_diffusion import (SCALE_IMAGES, Cache, DataOrder, LatentStatistics, Log, Processes, add_training_flags, autocast, benchmark,
+                             check_ranges, count_flops, fill_cache, image_header, learning_rate, make_optimizer,
+                             make_scaler, matmul_rate, open_images, open_store, plain_arguments, recipe_defaults,
+                             set_up, take_step, update_ema, workers)  # fmt: skip
 from vae import PRESETS, VAE, PatchGAN, adaptive_weight, hinge_loss, load_lpips, sample_posterior
 
 # ---- method -----------------------------------------------------------------------------------------------
@@ -178,7 +175,7 @@ def discriminator_loss(parts, images, noise, views, log):
 # ---- measuring --------------------------------------------------------------------------------------------
 
 EVAL_IMAGES = 1000  # looked at by an evaluation during training
-SCALE_IMAGES, SCALE_LIMIT = 256, 50_000  # whose latents give the scale of a checkpoint, and of a latent cache
+SCALE_LIMIT = 50_000  # images whose latents give the scale of a latent cache
 MATCHED = 0.05  # difference from the target in the upper half of the bands within which a latent counts as matched
 SSIM_WINDOW, SHOWN = 11, 8  # pixels; pictures in a row
 
@@ -201,26 +198,6 @@ def ssim(x, y, window=SSIM_WINDOW, sigma=1.5):
     vx, vy, cov = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
     score = (2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
     return score.flatten(1).mean(1)
-
-
-class LatentStatistics:
-    """Mean and standard deviation of sampled latents, exactly, from a stream of posteriors."""
-
-    def __init__(self):
-        self.total = self.squares = self.count = 0
-
-    def add(self, mean, logvar):
-        """mean, logvar (N, C, h, w)"""
-        mean, logvar = mean.double(), logvar.double()
-        self.total = self.total + mean.sum((0, 2, 3)).cpu()
-        self.squares = self.squares + (mean.square() + logvar.exp()).sum().cpu()
-        self.count += mean[:, 0].numel()
-
-    def result(self):
-        """-> {"mean" per channel, "std" over all, "scale" = 1 / std}"""
-        mean = self.total / self.count
-        std = (self.squares / (self.count * len(mean)) - mean.mean() ** 2).sqrt().item()
-        return {"mean": mean.tolist(), "std": std, "scale": 1 / std}
 
 
 def some_images(images, count, batch, workers, bar="evaluate"):
@@ -518,7 +495,8 @@ def main(args):
 
     # ---- set-up
     complete(args)
-    processes, images, checkpoint, share, micro = set_up(args, "autoencoder")
+    processes, checkpoint, share, micro = set_up(args, "autoencoder")
+    images = open_images(args, processes)
     device, folder, say = processes.device, Path(args.out), processes.print
     if checkpoint and checkpoint["step"] >= args.steps:
         return finished(args, say, checkpoint["step"], again=True)
@@ -779,78 +757,43 @@ def draw_spectra(results, file):
 
 
 def encode_data(args):
-    """`--encode DATA --ckpt CKPT --out FILE`: the latent cache of stage 2 (see `Latents`). The same command goes on
-    where it was interrupted, with any number of processes; no collective waits on any of them.
+    """`--encode DATA --ckpt CKPT --out FILE`: the latent cache of stage 2 (see `Cache`). The same command goes on
+    where it was interrupted.
     """
     processes = Processes(args.device)
-    device, say = processes.device, processes.print
-    vae, info, size = open_trained(args, args.ckpt, device, "--encode")
-    if processes.world != processes.local_world:
-        raise InputError("--encode: runs on one machine, whose processes share the memory-mapped file")
+    say = processes.print
+    vae, info, size = open_trained(args, args.ckpt, processes.device, "--encode")
     images = processes.local_first(lambda: Images(args.encode, size))
     file = Path(args.out or run_folder(args.ckpt) / f"{short_name(args.encode)}-{size}.latents")
-    unfinished = Path(f"{file}.part")
-    shape = [len(images), 2, 2 * vae.latent_channels, size // vae.factor, size // vae.factor]
-    header = {"kind": "moments", "preset": info["config"].get("preset"), "shape": shape, "size": size,
-              "factor": vae.factor, "data": args.encode, "first": str(images.names[0]),
-              "last": str(images.names[-1]), "classes": images.classes, "autoencoder": info["weights"],
-              "scale": None}  # fmt: skip
-    if file.is_dir():
-        raise InputError(f"--out {file}: is a folder; name a file")
-    if processes.main and not file.exists() and not unfinished.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        need, free = Latents.layout(0, shape)[-1], shutil.disk_usage(file.parent).free
-        say(f"latents  {shape[0]} images and mirror images, {' x '.join(map(str, shape[2:]))} float16 each: "
-            f"{need / 2**20:,.1f} MiB into {file}")  # fmt: skip
-        if need > DISK_SHARE * free:
-            raise InputError(f"--out {file}: needs {need / 2**20:,.1f} MiB, its disk has {free / 2**20:,.1f} free")
-        Latents.create(f"{unfinished}.new", header, images.labels)
-        os.replace(f"{unfinished}.new", unfinished)
-    while not file.exists() and not unfinished.exists():  # process 0 makes it
-        time.sleep(0.1)
-    if file.exists():
-        if not Latents(file).same(header):
-            raise InputError(f"--out {file}: holds other latents; name another file")
+    header = image_header(images) | {
+        "kind": "moments", "shape": [len(images), 2, 2 * vae.latent_channels, *2 * [size // vae.factor]], "scale": None,
+        "factor": vae.factor, "autoencoder": info["weights"], "preset": info["config"].get("preset"), "vae": args.ckpt,
+    }  # fmt: skip
+    amp = autocast(args, processes.device)[0]
+
+    def encode(x):
+        views = (view.contiguous(memory_format=layout(x.device)) for view in (x, x.flip(-1)))
+        with amp():
+            return torch.stack([torch.cat(vae.encode(view), 1).float() for view in views], 1)
+
+    def measure_scale(cache):
+        good, statistics = cache.indices, LatentStatistics()
+        good = good[:: math.ceil(len(good) / SCALE_LIMIT)]
+        for part in np.array_split(good, math.ceil(len(good) / 256)):
+            statistics.add(*torch.from_numpy(cache.values[part].astype(np.float32)).flatten(0, 1).chunk(2, 1))
+        return {"scale": statistics.result()["scale"]}
+
+    if not fill_cache(file, header, images, encode, processes, args, "--out", measure_scale):
         return say(f"{file}: all {len(images)} images are encoded already")
-    latents = Latents(unfinished, "r+")
-    if not latents.same(header):
-        raise InputError(f"{unfinished}: an unfinished cache of other images or another autoencoder; remove it first")
-    amp, mine = autocast(args, device)[0], np.arange(processes.rank, len(images), processes.world)
-    mine = mine[latents.status[mine] == 0].tolist()
-    loader = DataLoader(Subset(images, mine), args.batch or 32, num_workers=workers(args, processes))
-    with torch.no_grad(), progress(total=len(images), initial=max(0, len(images) - processes.world * len(mine)),
-                                   unit="img", desc="encode", disable=not processes.main) as bar:  # fmt: skip
-        for where, pixels, good in loader:
-            x = (pixels[good].to(device) / 127.5 - 1).contiguous(memory_format=layout(device))
-            if len(x):
-                with amp():
-                    moments = [torch.cat(vae.encode(view), 1).float().cpu() for view in (x, x.flip(-1))]
-                latents.moments[where[good].numpy()] = torch.stack(moments, 1).half().numpy()
-                latents.moments.flush()  # before they are called encoded
-            latents.status[where.numpy()] = np.where(good.numpy(), 1, 2)
-            bar.update(min(len(where) * processes.world, len(images) - bar.n))
-    if not processes.main:
-        return
-    while (latents.status == 0).any():  # the other processes' share
-        time.sleep(0.2)
-    unreadable = np.flatnonzero(latents.status == 2)
-    try:
-        images.check_unreadable(len(unreadable))
-    except InputError:
-        latents.status[unreadable] = 0  # the same command tries them again
-        raise
-    good, statistics = np.flatnonzero(latents.status == 1), LatentStatistics()
-    for part in np.array_split(good[:: math.ceil(len(good) / SCALE_LIMIT)], math.ceil(min(len(good), SCALE_LIMIT) / 256)):
-        statistics.add(*torch.from_numpy(latents.moments[part].astype(np.float32)).flatten(0, 1).chunk(2, 1))
-    latents.finish(scale=statistics.result()["scale"])
-    latents.status.flush()
-    os.replace(unfinished, file)
-    say(f"{file}: {len(good)} images, scale {latents.header['scale']:.4f}, autoencoder {info['weights']}")
+    if processes.main:
+        latents = Cache(file)
+        say(f"{file}: {len(latents.indices)} images, scale {latents.header['scale']:.4f}, autoencoder {info['weights']}")
+        say(f"  diffuse  python train_diffusion.py --latents {file}")
 
 
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, both = parser.add_argument, recipe_defaults(TINY, PUBLISHED, "--preset tiny")
+    add, both = parser.add_argument, recipe_defaults(tiny=TINY, other_presets=PUBLISHED)
     add("--data", metavar="SPEC",
         help="folder, .zip, cifar10, dead-leaves or dead-leaves:full (default: dead-leaves; where a trained autoencoder "
         "is looked at, its own)")  # fmt: skip

@@ -78,6 +78,7 @@ class UViT(nn.Module):
         self.extras = 2 if num_classes > 0 else 1
         self.pos_embed = nn.Parameter(torch.zeros(1, self.extras + num_tokens, embed_dim))
         half, block = depth // 2, (embed_dim, num_heads, mlp_ratio, qkv_bias)
+        self.num_tokens, self.width, self.depth = num_tokens, embed_dim, 2 * half + 1  # of the hidden tokens of `tap`
         self.in_blocks = nn.ModuleList(Block(*block) for _ in range(half))
         self.mid_block = Block(*block)
         self.out_blocks = nn.ModuleList(Block(*block, skip=skip) for _ in range(half))
