@@ -109,8 +109,8 @@ def load_encoder(spec, device="cpu", resolution=PATCH_ENCODER_SIZE):
     except Exception as error:  # whatever the repository's own code raises
         frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
         urls = [known["url"] for known in frames if isinstance(known.get("url"), str)]  # what was being fetched
-        if local and not urls:
-            raise ValueError(f"encoder {spec}: the local folder gave no entry {entry!r} ({error})") from error
+        if not urls and (local or not isinstance(error, OSError)):
+            raise ValueError(f"encoder {spec}: {repo} gave no entry {entry!r} ({error})") from error
         raise ValueError(
             f"encoder {spec}: {urls[-1] if urls else f'https://github.com/{repo}'} could not be fetched into "
             f"{torch.hub.get_dir()} ({error}). Put the file there yourself (into checkpoints/ if it holds weights), or "
@@ -124,6 +124,7 @@ def load_encoder(spec, device="cpu", resolution=PATCH_ENCODER_SIZE):
 # ---- targets ----------------------------------------------------------------------------------------------
 
 EPS = 1e-6  # beside a standard deviation [code]
+DOG_SIGMAS = (0.0, 2.0)  # in tokens: what our own comparison chose (README, "Align with an encoder")
 
 
 def as_map(tokens):
@@ -155,7 +156,8 @@ def blur_matrix(side, sigma, device=None):
 def blur(field, sigma):
     """(N, D, h, w) -> the same, smoothed by a Gaussian of sigma positions, renormalised at the borders."""
     rows, cols = (blur_matrix(side, sigma, field.device) for side in field.shape[-2:])
-    return rows @ field @ cols.mT
+    with torch.autocast(field.device.type, enabled=False):  # the two blurs of a DoG nearly cancel
+        return rows @ field.float() @ cols.mT
 
 
 def irepa_target(tokens, gamma=0.6):
@@ -177,6 +179,12 @@ def dog_target(tokens, sigma1, sigma2):
     z = z - z.mean((2, 3), keepdim=True)  # both blurs keep it: taken out first, its rounding is not enlarged below
     h = (blur(z, sigma1) - blur(z, sigma2)).flatten(2).mT  # (N, T, D)
     return h / (h.std(1, correction=0, keepdim=True) + EPS)
+
+
+def make_target(tokens, method, sigmas=DOG_SIGMAS):
+    """The target of method "repa" (the tokens as they are), "irepa" or "dog". (N, T, D) -> (N, T, D)"""
+    return {"repa": lambda: tokens, "irepa": lambda: irepa_target(tokens),
+            "dog": lambda: dog_target(tokens, *sigmas)}[method]()  # fmt: skip
 
 
 # ---- alignment --------------------------------------------------------------------------------------------
@@ -201,19 +209,37 @@ class ConvProjector(nn.Module):
         return self.conv(as_map(tokens)).flatten(2).mT
 
 
+def make_projector(method, dim, target_dim, width=2048):
+    """REPA's for "repa", iREPA's for "irepa" and "dog". `width` is of the former's hidden layers."""
+    return MLPProjector(dim, target_dim, width) if method == "repa" else ConvProjector(dim, target_dim)
+
+
+class Aligned(nn.Module):
+    """A network (`DiT` or `UViT`) and the projector of its hidden tokens after block `depth`: one forward call, as
+    DistributedDataParallel wants it. The network's arguments -> (its output, projected tokens (N, T, target_dim))
+    """
+
+    def __init__(self, network, projector, depth):
+        super().__init__()
+        self.network, self.projector, self.tap = network, projector, depth
+
+    def forward(self, x, t, y=None, drop=None):
+        output, hidden = self.network(x, t, y, drop, self.tap)
+        return output, self.projector(hidden)
+
+
 def alignment_loss(student, target):
     """- mean cosine over the tokens, of two (N, T, D) -> (N,), -1 at best (REPA, equation 6)."""
     return -F.cosine_similarity(student.float(), target.float(), dim=2).mean(1)
 
 
-def lds(tokens):
+def lds(field):
     """Local against distant similarity (iREPA's measure of spatial structure): the mean cosine of token pairs nearer
-    than half the grid, in Manhattan distance, minus that of the others. (N, T, D) on a square grid -> (N,)
+    than half the grid, in Manhattan distance, minus that of the others. (N, D, g, g) -> (N,), 0 where there are none
     """
-    u = F.normalize(as_map(tokens.float()).flatten(2), dim=1)  # (N, D, T)
-    side = math.isqrt(u.shape[2])
+    u, side = F.normalize(field.float().flatten(2), dim=1), field.shape[-1]  # (N, D, T)
     at = torch.cartesian_prod(*2 * (torch.arange(side, device=u.device),))  # (T, 2)
     distance = (at[:, None] - at).abs().sum(2)  # (T, T)
-    cosines, near = u.mT @ u, (distance < side / 2) & (distance > 0)
-    far = distance >= side / 2
+    radius = max(side / 2, 1.5)  # on a 2 x 2 grid, neighbours against the diagonal
+    cosines, near, far = u.mT @ u, (distance < radius) & (distance > 0), distance >= radius
     return (cosines * near).sum((1, 2)) / near.sum().clamp_min(1) - (cosines * far).sum((1, 2)) / far.sum().clamp_min(1)

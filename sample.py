@@ -501,6 +501,7 @@ def make_codec(config):
 
 
 LATENT_PATCH = 2  # of networks on latents, unless --model says /PATCH
+VAE_BATCH = 16  # images an autoencoder sees at a time: it takes far more memory than the network on its latents
 
 
 class Diffusion:
@@ -530,7 +531,8 @@ class Diffusion:
         """
         if self.config["space"] == "latent":
             with torch.no_grad():
-                return self.from_moments(*self.vae.encode(images), noise)
+                moments = zip(*(self.vae.encode(part) for part in images.split(VAE_BATCH)))
+            return self.from_moments(*(torch.cat(moment).float() for moment in moments), noise)
         return self.codec.encode(images) if self.codec else images
 
     def from_moments(self, mean, logvar, noise=None):
@@ -540,7 +542,8 @@ class Diffusion:
     def decode(self, x):
         """(N, *shape) -> images (N, 3, S, S) in [-1, 1]."""
         if self.config["space"] == "latent":
-            return self.vae.decode(x / self.config["scale"]).clamp(-1, 1)
+            parts = (x / self.config["scale"]).split(VAE_BATCH)
+            return torch.cat([self.vae.decode(part) for part in parts]).clamp(-1, 1)
         return self.codec.decode(x) if self.codec else x.clamp(-1, 1)
 
     def field(self, x):
@@ -603,7 +606,8 @@ def read_checkpoint(path, kind="diffusion"):
 def load_plain(file):
     """The dict of tensors and plain values in a file of torch.save. Raises InputError; runs no code."""
     try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # in training checkpoints of DiT, SiT and REPA
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InputError(f"{file}: no such file") from error
     except pickle.UnpicklingError as error:
@@ -632,8 +636,9 @@ def published_autoencoder(checkpoint, file):
     try:
         return {"config": infer_shape(state), "model": state, "ema": None, "step": 0}
     except (KeyError, IndexError) as error:
+        other = "; these are in diffusers' layout" if any("down_blocks" in key for key in state) else ""
         raise InputError(
-            f"{file}: neither a checkpoint of train_vae.py nor SD-VAE weights in their original layout (no {error})"
+            f"{file}: neither a checkpoint of train_vae.py nor SD-VAE weights in their original layout (no {error}){other}"
         ) from error
 
 
@@ -660,52 +665,66 @@ def published_network(file, name, vae=None):
     InputError where they do not fit, or where a latent model finds no `vae`, (VAE, info) of `load_autoencoder`.
     """
     state = strip_prefixes(load_plain(file))
+    if {"config", "model", "ema", "step"} <= state.keys():
+        raise InputError(f"--ckpt {file}: a checkpoint of train_diffusion.py; give it without --ckpt and --model")
     for part in ("ema", "state_dict", "model"):  # of training checkpoints, the first that is there
         if isinstance(state.get(part), dict):
             state = strip_prefixes(state[part])
             break
-    from_repa = any(key.startswith("projectors.") for key in state)
-    state = {key: value for key, value in state.items() if not key.startswith("projectors.")}
     kind, (base, _, patch_named) = name.lower().partition("-")[0], name.lower().partition("/")
-    kinds = {"x_embedder.proj.weight": ("dit", "sit"), "patch_embed.proj.weight": ("uvit",)}
-    embedding, families = next(((key, kinds[key]) for key in kinds if key in state), (None, ()))
-    if not families:
-        raise InputError(f"--ckpt {file}: its keys are no DiT's, SiT's or U-ViT's on maps ({', '.join(list(state)[:3])} ...)")
-    if kind not in families:
-        raise InputError(f"--ckpt {file}: its keys are a {' or '.join(families)}'s, --model {name} is none")
     parse_model(name.lower().replace("sit-", "dit-", 1))  # raises on an unknown size
-    _, channels, patch, _ = state[embedding].shape
-    table = state.get("y_embedder.embedding_table.weight", state.get("label_emb.weight"))
-    rows, config = 0 if table is None else len(table), {"predict": "eps", "path": "vp", "snr_scale": 1.0}
-    if kind == "uvit":
-        extras = 1 + bool(rows)
-        config["network"] = {"conv": "final_layer.weight" in state, "mlp_time_embed": "time_embed.0.weight" in state,
-                             "qkv_bias": "mid_block.attn.qkv.bias" in state, "num_classes": rows or -1,
-                             "mlp_ratio": len(state["mid_block.mlp.fc1.weight"]) / len(state["mid_block.norm1.weight"])}  # fmt: skip
-        config["path"] = "vp" if channels == 3 else "vp-sd"
-        null = rows != 1000  # ImageNet's 1000 rows hold no null class, 1001 do
-    else:
-        extras, null = 0, True
-        out = state["final_layer.linear.weight"].shape[0] // patch**2
-        for key in ("final_layer.linear.weight", "final_layer.linear.bias"):  # (p p out, ...): keep the noise or velocity
-            state[key] = state[key].unflatten(0, (patch**2, out))[:, :channels].flatten(0, 1)
-        if kind == "sit":  # its own release runs from noise at t = 0 to data at 1, REPA's like ours
-            config |= {"path": "flow", "predict": "v", "reversed": not from_repa}
-    side = math.isqrt(state["pos_embed"].shape[1] - extras) * patch
+    embeddings = {"x_embedder.proj.weight": ("dit", "sit"), "patch_embed.proj.weight": ("uvit",)}
+    there = [key for key in embeddings if getattr(state.get(key), "ndim", 0) == 4]
+    if not there:
+        raise InputError(f"--ckpt {file}: its keys are no DiT's, SiT's or U-ViT's on maps ({', '.join(list(state)[:3])} ...)")
+    if kind not in embeddings[there[0]]:
+        raise InputError(f"--ckpt {file}: its keys are a {' or '.join(embeddings[there[0]])}'s, --model {name} is none")
+    _, channels, patch, _ = state[there[0]].shape
     if patch_named and patch != int(patch_named):
         raise InputError(f"--model {name}: {file} has patches of {patch}")
-    config |= {"space": "pixel", "size": side, "model": f"{base.replace('sit', 'dit')}/{patch}",
-               "classes": [str(i) for i in range(rows - null)] if rows else None, "label_dropout": 0.1 * (null and rows > 0)}  # fmt: skip
-    if channels != 3:
-        if vae is None:
-            raise InputError(f"--ckpt {file}: a model of {channels}-channel latents; --vae FILE names the SD-VAE's weights")
-        if vae[0].latent_channels != channels:
-            raise InputError(f"--vae: latents of {vae[0].latent_channels} channels, {file} takes {channels}")
+    try:
+        config, side = (published_uvit if kind == "uvit" else published_dit)(state, kind, channels, patch)
+    except (KeyError, RuntimeError) as error:
+        raise InputError(f"--ckpt {file}: is no whole {kind}'s ({error})") from error
+    config |= {"snr_scale": 1.0, "space": "pixel", "size": side, "model": f"{base.replace('sit', 'dit')}/{patch}"}
+    if channels == 3:
+        if vae is not None:
+            raise InputError(f"--vae: {file} is a model of pixels; leave it out")
+    elif vae is None:
+        raise InputError(f"--ckpt {file}: a model of {channels}-channel latents; --vae FILE names the SD-VAE's weights")
+    elif vae[0].latent_channels != channels:
+        raise InputError(f"--vae: latents of {vae[0].latent_channels} channels, {file} takes {channels}")
+    else:
         config |= {"space": "latent", "size": side * vae[0].factor, "latent_shape": [channels, side, side],
                    "scale": SD_SCALE, "autoencoder": vae[1]["weights"]}  # fmt: skip
-    elif vae is not None:
-        raise InputError(f"--vae: {file} is a model of pixels; leave it out")
-    return config, state
+    return config, {key: value for key, value in state.items() if not key.startswith("projectors.")}
+
+
+def published_dit(state, kind, channels, patch):
+    """-> (the config's part of it, the side of its maps); learned sigmas are cut off the state."""
+    out = state["final_layer.linear.weight"].shape[0] // patch**2
+    for key in ("final_layer.linear.weight", "final_layer.linear.bias"):  # (p p out, ...): keep the noise or velocity
+        state[key] = state[key].unflatten(0, (patch**2, out))[:, :channels].flatten(0, 1)
+    config, side = {"predict": "eps", "path": "vp"}, math.isqrt(state["pos_embed"].shape[1]) * patch
+    if kind == "sit":  # its own release, with learned sigmas, runs from noise at t = 0 to data at 1, REPA's like ours
+        repa = out == channels or any(key.startswith("projectors.") for key in state)
+        config = {"predict": "v", "path": "flow", "reversed": not repa}
+    rows = len(state.get("y_embedder.embedding_table.weight", ()))
+    classes = [str(i) for i in range(rows - 1)] if rows else None
+    return config | {"classes": classes, "label_dropout": 0.1 if rows else 0.0}, side
+
+
+def published_uvit(state, kind, channels, patch):
+    rows, width = len(state.get("label_emb.weight", ())), len(state["mid_block.norm1.weight"])
+    null = rows != 1000  # ImageNet's 1000 rows hold no null class, 1001 do
+    network = {"conv": "final_layer.weight" in state, "mlp_time_embed": "time_embed.0.weight" in state,
+               "qkv_bias": "mid_block.attn.qkv.bias" in state, "num_classes": rows or -1,
+               "mlp_ratio": len(state["mid_block.mlp.fc1.weight"]) / width}  # fmt: skip
+    side = math.isqrt(state["pos_embed"].shape[1] - 1 - bool(rows)) * patch
+    classes = [str(i) for i in range(rows - null)] if rows else None
+    path = "vp" if channels == 3 else "vp-sd"
+    return {"predict": "eps", "path": path, "network": network, "classes": classes,
+            "label_dropout": 0.1 if rows and null else 0.0}, side  # fmt: skip
 
 
 def open_autoencoder(path, device, wanted=None, wanted_by=None):
@@ -730,8 +749,12 @@ def fingerprint(state):
 
 
 def strip_prefixes(state):
-    """Keys without what DDP and torch.compile put before them."""
-    return {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in state.items()}
+    """Keys without what DDP and torch.compile put before them, in either order."""
+
+    def strip(key):
+        return strip(key.partition(".")[2]) if key.startswith(("module.", "_orig_mod.")) else key
+
+    return {strip(str(key)): value for key, value in state.items()}
 
 
 def load_weights(network, state, source, assign=False):
@@ -885,7 +908,14 @@ def load_features(args, device):
             encoder = load_encoder(args.features, device)
         except ValueError as error:
             raise InputError(f"--features {args.features}: {error}; or use inception") from error
-        return lambda images: encoder(images / 127.5 - 1)[1]
+
+        def encode(images):
+            try:
+                return encoder(images / 127.5 - 1)[1]
+            except ValueError as error:
+                raise InputError(f"--features {args.features}: {error}") from error
+
+        return encode
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
     weights = args.features_weights
@@ -1067,6 +1097,7 @@ def main(args):
     reference = features = None
     if args.score and rank == 0 and not args.trajectory:  # whatever is wrong with them shows before an hour of sampling
         reference, features = open_reference(args.score, config["size"]), load_features(args, device)
+        features(torch.zeros(1, 3, config["size"], config["size"], dtype=torch.uint8, device=device))
     protocol = {"weights": fingerprint(weights), "checkpoint_step": step, "ema": not args.no_ema,
                 "sampler": sampler, "steps": args.steps, "guidance": args.guidance,
                 "guidance_interval": list(args.guidance_interval), "seed": args.seed,
@@ -1122,7 +1153,7 @@ def make_parser():
     add("--classes", nargs="+", help="names or numbers, dealt in turn (default: all)")
     add("--no-ema", action="store_true", help="sample the raw weights instead of their average")
     add("--score", metavar="SPEC", help="Frechet distance to this data, given as train_diffusion.py's --data")
-    add("--features", default="inception", help="inception, or a torch.hub encoder REPO:ENTRY (default: inception)")
+    add("--features", default="inception", help="inception, hog or a torch.hub encoder REPO:ENTRY (default: inception)")
     add("--features-weights", metavar="FILE", help="local Inception weights (default: torch-fidelity downloads them)")
     add("--trajectory", action="store_true", help="only show one sampling run, band by band")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: auto)")

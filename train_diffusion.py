@@ -1,10 +1,14 @@
-"""Train a diffusion model on block-DCT tokens (DCTdiff, arXiv 2412.15032) or on pixels.
+"""Train a diffusion model on block-DCT tokens (DCTdiff, arXiv 2412.15032), on latents or on pixels.
 
     python train_diffusion.py                                    # built-in images, five minutes on a laptop
     python train_diffusion.py --data photos/ --size 64           # a folder or .zip of images
     torchrun --nproc_per_node=8 train_diffusion.py --data photos.zip --size 256 --model uvit-m
+    python train_diffusion.py --latents photos.latents           # of train_vae.py --encode; --vae RUN encodes on the fly
+    python train_diffusion.py --latents photos.latents --repa dog --encoder facebookresearch/dinov2:dinov2_vitb14
+    python train_diffusion.py --latents photos.latents --encoder hog --rmsc      # which target? no training
 
-The same command again resumes. The method is in `diffusion_loss`, the tokens in dct.py, the samplers in sample.py.
+The same command again resumes. The method is in `diffusion_loss`, the tokens in dct.py, representation alignment in
+repa.py, the samplers in sample.py.
 What is random in a step follows from (seed, step) and what data it sees from (seed, images seen), whatever the
 number of processes: that is all the state a resumed run needs.
 """
@@ -14,6 +18,7 @@ import atexit
 import contextlib
 import copy
 import datetime
+import itertools
 import json
 import math
 import os
@@ -25,7 +30,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
@@ -34,11 +38,11 @@ from tqdm import tqdm
 
 from dct import DCTStatistics, ebfr_weights, psnr_per_keep
 from dit import DiT
-from repa import (PATCH_ENCODER_SIZE, ConvProjector, MLPProjector, alignment_loss, as_map, dog_target, irepa_target,
-                  lds, load_encoder, resize_tokens)  # fmt: skip
+from repa import (DOG_SIGMAS, PATCH_ENCODER_SIZE, Aligned, alignment_loss, as_map, lds, load_encoder, make_projector,
+                  make_target, resize_tokens)  # fmt: skip
 from sample import (Diffusion, Images, InputError, build_network, choose_device, generate, generator, like,
-                    load_weights, make_codec, open_autoencoder, parse_model, progress, read_checkpoint, run_program, save_grid, short_name,
-                    target, write_atomically)  # fmt: skip
+                    load_weights, make_codec, open_autoencoder, parse_model, progress, read_checkpoint, run_program,
+                    save_grid, short_name, target, write_atomically)  # fmt: skip
 from spectral_losses import band_error, directional_energy, rmsc
 
 # ---- set-up: processes, data order ------------------------------------------------------------------------
@@ -282,17 +286,17 @@ class Cache:
 
     def same(self, header):
         """Is this what `header` says, the scale and where the autoencoder was aside?"""
-        aside = dict.fromkeys(("scale", "vae"))
-        return self.header | aside == header | aside
+        return all(self.header[key] == header.get(key) for key in self.header if key not in ("scale", "vae"))
 
     def finish(self, **entries):
         self.header |= entries
         with self.file.open("r+b") as handle:
             handle.write(self.pack(self.header, self.room)[0])
 
-    def read(self, where, flip):
-        """Values of images `where` (n,), of the mirror images where flip (n,) -> (n, ...) float32"""
-        return torch.from_numpy(self.values[np.asarray(where), np.asarray(flip.cpu()).astype(int)]).float()
+    def read(self, where, flip, device):
+        """Values of images `where` (n,), of the mirror images where flip (n,), both on the CPU -> (n, ...) float32"""
+        values = torch.from_numpy(self.values[where.numpy(), flip.numpy().astype(int)])
+        return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True).float()
 
     # what a `Store` has as well
 
@@ -364,6 +368,8 @@ def fill_cache(file, header, images, encode, processes, args, flag, finish=lambd
         return True
     while (cache.status == 0).any():  # the other processes' share
         time.sleep(0.2)
+    if file.exists():  # another command made it meanwhile, from the same unfinished file
+        return True
     unreadable = np.flatnonzero(cache.status == 2)
     try:
         images.check_unreadable(len(unreadable))
@@ -430,35 +436,15 @@ def diffusion_loss(diffusion, network, x0, eps, t, y=None, drop=None, weights=No
     return error.flatten(1).mean(1), aligned
 
 
-class Aligned(nn.Module):
-    """A network and the projector of its hidden tokens after block `depth`: one forward call, as
-    DistributedDataParallel wants it. The same arguments -> (its output, projected tokens (N, T, D))
-    """
-
-    def __init__(self, network, projector, depth):
-        super().__init__()
-        self.network, self.projector, self.tap = network, projector, depth
-
-    def forward(self, x, t, y=None, drop=None):
-        output, hidden = self.network(x, t, y, drop, self.tap)
-        return output, self.projector(hidden)
-
-
-def make_target(args):
-    """`--repa`: a function of the encoder's tokens (N, T, D)."""
-    return {"repa": lambda tokens: tokens, "irepa": irepa_target,
-            "dog": lambda tokens: dog_target(tokens, *args.repa_sigmas)}[args.repa]  # fmt: skip
-
-
 class Targets:
-    """The tokens that a network of `tokens` hidden tokens is aligned to, from the encoder or from a cache of its own.
+    """The tokens that a network's hidden tokens are aligned to, from the encoder or from a cache of what it made.
 
-    make(where, flip, images): of images (N, 3, S, S) in [-1, 1] as the network sees them -> (N, T, D). Attributes: dim;
+    make(where, flip, images): of images (N, 3, S, S) in [-1, 1], mirrored already -> (N, T, D). Attributes: dim;
     encoder, None where tokens are cached. Raises InputError where the encoder cannot be had or does not fit.
     """
 
     def __init__(self, args, network, images, about, processes):
-        self.method, self.cache, self.encoder = make_target(args), None, None
+        self.args, self.device, self.cache, self.encoder = args, processes.device, None, None
         side = self.side = math.isqrt(network.num_tokens)
         file, what = args.cache_targets, f"--cache-targets {args.cache_targets}"
         if not (file and Path(file).exists()):
@@ -485,8 +471,8 @@ class Targets:
         blank = torch.zeros(1, 3, args.size, args.size, device=processes.device)
         try:
             self.dim = self.tokens(blank).shape[2]
-        except ValueError as error:
-            raise InputError(f"--encoder {args.encoder}: {error}") from error
+        except Exception as error:  # whatever the encoder's own code raises
+            raise InputError(f"--encoder {args.encoder} on images of {args.size} px: {error}") from error
 
     @torch.no_grad()
     def tokens(self, images):
@@ -498,26 +484,21 @@ class Targets:
 
     def make(self, where, flip, images):
         if self.cache:
-            tokens = self.cache.read(where, flip).to(flip.device)
+            tokens = self.cache.read(where, flip, self.device)
         else:
             tokens = self.tokens(images)
-        return self.method(tokens)
-
-
-def make_projector(args, width, dim):
-    """REPA's on raw tokens, iREPA's on the others."""
-    return MLPProjector(width, dim, args.repa_width) if args.repa == "repa" else ConvProjector(width, dim)
+        return make_target(tokens, self.args.repa, sigmas=self.args.repa_sigmas)
 
 
 def draw_step(seed, step, n, shape, args, path, device):
     """All that is random in a step, for the whole global batch, from (seed, step): t, noise, label drop, flip, and the
-    noise of the latents' posteriors (None in other spaces).
+    noise of the latents' posteriors (None in other spaces). flip is on the CPU, where cached data is looked up.
     """
     g = generator(seed, step, 1, device=device)
     t = draw_times(n, args.t_sampling, args.t_logit_normal, path, g)
     eps = torch.randn(n, *shape, generator=g, device=device)
     drop = torch.rand(n, generator=g, device=device) < args.label_dropout
-    flip = (torch.rand(n, generator=g, device=device) < 0.5) & args.flip
+    flip = (torch.rand(n, generator=generator(seed, step, 2)) < 0.5) & args.flip
     return t, eps, drop, flip, torch.randn(n, *shape, generator=g, device=device) if args.space == "latent" else None
 
 
@@ -705,11 +686,9 @@ class Log:
 # the flow path); all others take DCTdiff's published settings, in latent space SiT's (arXiv 2401.08740), which are
 # REPA's as well.
 TINY = dict(path="flow", predict="x0", t_sampling="logit-normal", ebfr=False, lr=2e-3, betas=[0.9, 0.99],
-            weight_decay=0.03, warmup=100, lr_decay="linear", ema=0.999, batch=64, steps=1800,
-            repa_width=512)  # fmt: skip
+            weight_decay=0.03, warmup=100, lr_decay="linear", ema=0.999, batch=64, steps=1800)  # fmt: skip
 PUBLISHED = dict(path="vp", predict="eps", t_sampling="uniform", ebfr=True, lr=2e-4, betas=[0.99, 0.99],
-                 weight_decay=0.03, warmup=5000, lr_decay="none", ema=0.9999, batch=256, steps=500_000,
-                 repa_width=2048)  # fmt: skip
+                 weight_decay=0.03, warmup=5000, lr_decay="none", ema=0.9999, batch=256, steps=500_000)  # fmt: skip
 LATENT = PUBLISHED | dict(path="flow", predict="v", ebfr=False, lr=1e-4, betas=[0.9, 0.999], weight_decay=0.0, warmup=0,
                           steps=400_000)  # fmt: skip
 KEEP = {2: 4, 4: 9, 8: 18}  # coefficients kept per block [code]; 8 of 16 from 256 px on
@@ -718,7 +697,9 @@ SNR_SCALE = {32: 2.0, 64: 4.0, 128: 4.0, 256: 4.0, 512: 12.0}  # c of the vp pat
 MAY_CHANGE = set("steps device workers compile log_every eval_every save_every fresh benchmark out "
                  "val features features_weights lpips_vgg lpips_heads eval_images eval_only spectrum encode ckpt "
                  "latents vae cache_targets rmsc".split())  # fmt: skip
+ALIGNMENT = dict(encoder="facebookresearch/dinov2:dinov2_vitb14", repa_weight=0.5, repa_sigmas=list(DOG_SIGMAS))
 ALIGNMENT_DEPTH = 8  # at most, of the tap: of REPA's SiT-L and XL; 4 of 12 blocks in its SiT-B
+ALIGNMENT_WIDTH = {True: 512, False: 2048}  # of repa's projector, for nano and tiny models and for others [code]
 
 
 def adopt(args):
@@ -731,9 +712,13 @@ def adopt(args):
         raise InputError(f"--space {args.space}: --latents and --vae are for --space latent")
     args.space, latents = "latent", Cache(args.latents) if args.latents else None
     if latents is None:
-        args.size = args.size or read_checkpoint(args.vae, "autoencoder")["config"].get("size")
+        own = Path(args.out or "") / "autoencoder.pt"  # of a run that goes on, where --vae is no longer there
+        path = own if args.out and own.exists() and not Path(args.vae).exists() else args.vae
+        args.size = args.size or read_checkpoint(path, "autoencoder")["config"].get("size") or 256
         return None
     header = latents.header
+    if header["scale"] is None:
+        raise InputError(f"--latents {args.latents}: unfinished; the same train_vae.py --encode command completes it")
     if args.size not in (None, header["size"]):
         raise InputError(f"--size {args.size}: {args.latents} was made of images of {header['size']} pixels; leave it out")
     args.size, args.data = header["size"], args.data or header["data"]
@@ -766,15 +751,31 @@ def complete(args):
         make_codec(vars(args) | {"eta": 1.0})  # raises where size, block and keep do not fit together
     if args.out is None:
         args.out = f"runs/{short_name(args.data)}-{args.size}-{args.space}-{args.model.lower().replace('/', '-')}"
+        args.out += f"-{args.repa}" if args.repa else ""
     check_ranges(args, snr_scale=1e-9, repa_weight=0, repa_stop=1, repa_width=1)
     if not 0 <= args.label_dropout < 1:
         raise InputError(f"--label-dropout {args.label_dropout}: must lie in [0, 1)")
-    if not args.repa and args.cache_targets is not None:
-        raise InputError("--cache-targets: is for --repa repa, irepa or dog")
+    complete_alignment(args, sizes["depth"] if network is DiT else sizes["depth"] // 2 * 2 + 1, tiny)
+
+
+def complete_alignment(args, depth, tiny):
+    """Fill in the flags of --repa and --rmsc, which mean nothing without them. Raises InputError."""
+    if not (args.repa or args.rmsc):
+        names = ("encoder", "repa_depth", "repa_weight", "repa_stop", "repa_sigmas", "repa_width", "cache_targets")
+        for name in names:
+            if getattr(args, name) is not None:
+                raise InputError(f"--{name.replace('_', '-')}: is for --repa repa, irepa or dog")
+        return
+    if args.repa_width and args.repa in ("irepa", "dog"):
+        raise InputError(f"--repa-width {args.repa_width}: is for --repa repa; {args.repa}'s projector is a convolution")
+    for name, value in (ALIGNMENT | {"repa_width": ALIGNMENT_WIDTH[tiny]}).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.benchmark:
+        args.cache_targets = None  # a benchmark writes nothing, and times the encoder itself
     low, high = args.repa_sigmas
     if not 0 <= low < high:
         raise InputError(f"--repa-sigmas {low:g} {high:g}: the first must be the smaller, and not negative; 0.6 2 does")
-    depth = sizes["depth"] if network is DiT else sizes["depth"] // 2 * 2 + 1
     if args.repa_depth is None:
         args.repa_depth = max(1, min(ALIGNMENT_DEPTH, depth // 3))
     if not 1 <= args.repa_depth <= depth:
@@ -795,7 +796,9 @@ def check_ranges(args, **least):
 
 
 def plain_arguments(args):
-    return {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
+    """What a run must go on with. Where an encoder lies may change, not which one it is."""
+    kept = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
+    return kept | {"encoder": args.encoder and args.encoder.rpartition(":")[2]}
 
 
 def open_run(args, kind):
@@ -816,7 +819,8 @@ def open_run(args, kind):
         return checkpoint
     if run.exists() and not run.is_dir():
         raise InputError(f"--out {run}: is a file; name a folder")
-    own = ("metrics.jsonl", "samples", "checkpoint.pt.tmp", "images-", "autoencoder.pt", "targets-")
+    own = ("metrics.jsonl", "samples", "checkpoint.pt.tmp", "images-", "autoencoder.pt")
+    own += (Path(getattr(args, "cache_targets", None) or "images-").name,)  # the file itself or its .part
     others = [p.name for p in run.iterdir() if not p.name.startswith(own)] if run.is_dir() else []
     if others or (args.fresh and run.is_dir() and any(run.iterdir())):
         there = ", ".join(others[:3]) or "a started run"
@@ -891,17 +895,18 @@ def benchmark_diffusion(args, images, diffusion, trained, weights, latents, targ
 
     def step(i, pixels, mark):
         t, eps, drop, flip, noise = draw_step(args.seed, i, n, diffusion.shape, args, diffusion.path, device)
-        x0, x = clean(diffusion, latents, where, pixels, flip, noise)
         y = torch.zeros(n, dtype=torch.long, device=device) if diffusion.classes else None
-        mark("data")
-        with context():
-            tokens = targets.make(where, flip, blank if x is None else x) if targets else None
-        mark("targets")
-        for part in torch.arange(n, device=device).chunk(args.grad_accum):
+        for start in range(0, n, n // args.grad_accum):
+            part = slice(start, start + n // args.grad_accum)
+            with context() if diffusion.vae else contextlib.nullcontext():
+                x0, x = clean(diffusion, latents, cut(where, part), cut(pixels, part), flip[part], cut(noise, part), device)
+            mark("data")
             with context():
-                loss, aligned = diffusion_loss(diffusion, network, x0[part], eps[part], t[part],
-                                               None if y is None else y[part], drop[part], weights,
-                                               tokens[part] if targets else None)  # fmt: skip
+                tokens = targets.make(None, flip[part], blank[part] if x is None else x) if targets else None
+            mark("targets")
+            with context():
+                loss, aligned = diffusion_loss(diffusion, network, x0, eps[part], t[part], cut(y, part), drop[part],
+                                               weights, tokens)  # fmt: skip
             mark("forward")
             (loss.mean() + args.repa_weight * aligned.mean() if targets else loss.mean()).backward()
             mark("backward")
@@ -923,7 +928,7 @@ def wrap(network, args, processes):
 GRID_STEPS, GRID_GUIDANCE = 50, 1.5
 EVAL_IMAGES = 1024  # looked at by an evaluation, up to 64 px; a quarter of them above
 SCALE_IMAGES, TARGET_IMAGES = 256, 256  # whose latents give a scale, whose tokens --rmsc looks at
-DOG_SIGMAS = ((0.0, 1.0), (0.0, 2.0), (0.6, 2.0), (0.0, 4.0), (0.0, math.inf))  # that --rmsc shows beside its own
+SHOWN_SIGMAS = ((0.0, 1.0), (0.0, 2.0), (0.6, 2.0), (0.0, 4.0), (0.0, math.inf))  # that --rmsc shows beside its own
 
 
 def set_up(args, kind):
@@ -996,17 +1001,22 @@ def make_optimizer(network, args):
     return torch.optim.AdamW(trained, args.lr, tuple(args.betas), weight_decay=args.weight_decay, fused=True)
 
 
-def clean(diffusion, latents, where, pixels, flip, noise):
+def cut(values, part):
+    """Those of a part of a batch."""
+    return None if values is None else values[part]
+
+
+def clean(diffusion, latents, where, pixels, flip, noise, device):
     """What a step learns from: images `where` (n,) of cached latents, or pixels (n, 3, S, S) uint8; mirrored where flip
     (n,); noise samples the latents' posteriors -> x0 (n, *shape), images (n, 3, S, S) in [-1, 1] or None
     """
     x = None
     if pixels is not None:
-        x = pixels.to(flip.device, non_blocking=True) / 127.5 - 1
-        x = torch.where(like(flip, x), x.flip(-1), x)
+        x = pixels.to(device, non_blocking=True) / 127.5 - 1
+        x = torch.where(like(flip.to(device, non_blocking=True), x), x.flip(-1), x)
     if latents is None:
         return diffusion.encode(x, noise), x
-    return diffusion.from_moments(*latents.read(where, flip).to(flip.device).chunk(2, 1), noise), x
+    return diffusion.from_moments(*latents.read(where, flip, device).chunk(2, 1), noise), x
 
 
 @torch.no_grad()
@@ -1025,8 +1035,7 @@ def examples(args, diffusion, store, latents, labels, device, batch):
         batches = ((torch.from_numpy(store.indices[n.numpy()]), None if latents else store[n]) for n in numbers)
     for where, pixels in batches:
         drawn = torch.randn(len(where), *diffusion.shape, generator=noise).to(device) if diffusion.vae else None
-        flip = torch.zeros(len(where), dtype=torch.bool, device=device)
-        x0, _ = clean(diffusion, latents, where, pixels, flip, drawn)
+        x0, _ = clean(diffusion, latents, where, pixels, torch.zeros(len(where), dtype=torch.bool), drawn, device)
         found.append((x0.cpu(), labels[where] if diffusion.classes else None))
     return found
 
@@ -1054,7 +1063,10 @@ def open_vae(args, latents, checkpoint, device):
             f"--latents {args.latents}: made by autoencoder {header['autoencoder']}, {args.out} was begun with latents of "
             f"{begun['autoencoder']}; give those, or another --out"
         )
-    path = args.vae or (own if begun else header["vae"])
+    path = args.vae or (own if begun else header.get("vae"))
+    path = own if begun and own.exists() and not Path(path).exists() else path
+    if path is None:
+        raise InputError(f"--latents {args.latents}: does not say where its autoencoder is; --vae RUN_OR_FILE does")
     wanted = header.get("autoencoder") or begun.get("autoencoder")
     vae, info = open_autoencoder(path, device, wanted, args.latents or args.out)
     if args.size % vae.factor:
@@ -1113,8 +1125,17 @@ def main(args):
 
     # ---- data
     images, cached = None, args.cache_targets and Path(args.cache_targets).exists()
-    if latents is None or (aligning and not cached and not args.benchmark):
-        images = open_images(args, processes)
+    other = latents is not None and args.data != latents.header["data"]  # named by --data: are they the same images?
+    if latents is None or other or (aligning and not cached and not args.benchmark):
+        try:
+            images = open_images(args, processes)
+        except InputError as error:
+            if latents is None:
+                raise
+            raise InputError(
+                f"{error}. For --repa it should be the images --latents {args.latents} was made of: --data says where they "
+                "are now, or --cache-targets FILE keeps what the encoder makes of them"
+            ) from error
     about = image_header(images) if images else latents.header | {"count": latents.header["shape"][0]}
     if latents:
         check_images(about, latents.header, f"--latents {args.latents}")
@@ -1134,7 +1155,7 @@ def main(args):
     if latents and (args.benchmark or not (targets and targets.encoder)):
         store = latents
     else:
-        store = open_store(args, images, processes, checkpoint)
+        store = open_store(args, images, processes, None if latents else checkpoint)
         if latents:
             store.align(latents.indices)
     if checkpoint and checkpoint["data_count"] != store.count:
@@ -1158,7 +1179,8 @@ def main(args):
     trained = network = diffusion.network.to(device).train()
     if args.repa:
         dim = targets.dim if targets else checkpoint["target_dim"]
-        trained = Aligned(network, make_projector(args, network.width, dim).to(device), args.repa_depth)
+        projector = make_projector(args.repa, network.width, dim, args.repa_width)
+        trained = Aligned(network, projector.to(device), args.repa_depth)
     weights = ebfr_weights(torch.tensor(config["entropies"]), config["keep"]).to(device) if args.ebfr else None
     amp, dtype = autocast(args, device)
     if args.benchmark:
@@ -1212,23 +1234,26 @@ def main(args):
         flops, peak = diffusion_flops(diffusion, device), matmul_rate(device, dtype) * processes.world
     wrapped = wrap(trained if aligning else network, args, processes)
     log = Log(args, processes, store.count, step, flops, peak)
-    for where, pixels in store.batches(order, range(step, args.steps), share):
+    until = min(args.repa_stop or args.steps, args.steps) if targets else args.steps
+    batches = (store.batches(order, range(step, until), share),  # with images for the encoder, while it runs
+               (latents or store).batches(order, range(until, args.steps), share))  # fmt: skip
+    for where, pixels in itertools.chain(*batches):
         if targets and step == args.repa_stop:
             wrapped, targets = wrap(network, args, processes), None
         drawn = draw_step(args.seed, step, args.batch, diffusion.shape, args, diffusion.path, device)
-        t, eps, drop, flip, noise = (None if values is None else values[share] for values in drawn)
-        x0, x = clean(diffusion, latents, where, pixels, flip, noise)
+        t, eps, drop, flip, noise = (cut(values, share) for values in drawn)
         y = labels[where].to(device) if classes else None
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         for start in range(0, local, micro):
             part, last = slice(start, start + micro), start + micro == local
+            with amp() if vae else contextlib.nullcontext():
+                x0, x = clean(diffusion, latents, where[part], cut(pixels, part), flip[part], cut(noise, part), device)
             with processes.no_sync(wrapped, last):
                 with amp():
-                    tokens = targets.make(where[part], flip[part], None if x is None else x[part]) if targets else None
-                    loss, aligned = diffusion_loss(diffusion, wrapped, x0[part], eps[part], t[part],
-                                                   None if y is None else y[part], drop[part], weights,
-                                                   tokens)  # fmt: skip
+                    tokens = targets.make(where[part], flip[part], x) if targets else None
+                    loss, aligned = diffusion_loss(diffusion, wrapped, x0, eps[part], t[part], cut(y, part), drop[part],
+                                                   weights, tokens)  # fmt: skip
                 total = loss.mean() + args.repa_weight * aligned.mean() if targets else loss.mean()
                 scaler.scale(total / args.grad_accum).backward()
             log.add("loss", loss)
@@ -1265,25 +1290,28 @@ def compare_targets(args, latents):
     if not processes.main:
         return
     images.thin(TARGET_IMAGES)
-    found, shown = [], None
+    found, seen = [], []
     with progress(total=len(images), unit="img", desc="targets", leave=False) as bar:
         for _, pixels, good in DataLoader(images, min(32, args.batch)):
-            x = pixels[good].to(processes.device) / 127.5 - 1
-            shown = x[:8].cpu() if shown is None else shown
-            found.append(targets.tokens(x).cpu())
+            seen.append(pixels[good])
+            found.append(targets.tokens(seen[-1].to(processes.device) / 127.5 - 1).cpu())
             bar.update(len(good))
     tokens, say, side = torch.cat(found), processes.print, targets.side
-    rows = {"raw (repa)": tokens, "irepa": irepa_target(tokens)}
-    for low, high in dict.fromkeys([tuple(args.repa_sigmas), *DOG_SIGMAS]):
-        rows[f"dog {low:g} {high:g}"] = dog_target(tokens, low, high)
-    bins = max(2, min(8, side // 2))
+    rows = {"raw (repa)": ("repa",), "irepa": ("irepa",)}
+    rows |= {"dog {:g} {:g}".format(*sigmas): ("dog", sigmas) for sigmas in (args.repa_sigmas, *SHOWN_SIGMAS)}
+    pick = torch.linspace(0, len(tokens) - 1, min(8, len(tokens)), dtype=torch.float64).long()
+    bins, pictures = max(2, min(8, side // 2)), [torch.cat(seen)[pick] / 127.5 - 1]
     say(f"{args.encoder} on {len(tokens)} images of {images.spec}: {side} x {side} tokens of {targets.dim}")
     say("target         LDS   RMSC  directional energy by band, low to high")
-    for name, row in rows.items():
-        energy = directional_energy(as_map(row), bins).mean(0).tolist()
-        say(f"{name:12}{lds(row).mean():6.3f} {rmsc(as_map(row)).mean():6.3f}  " + " ".join(f"{e:.3f}" for e in energy))
-    pictures = [shown] + [principal_colours(row[: len(shown)], args.size) for row in rows.values()]
-    file = save_grid(torch.cat(pictures), Path(args.out) / "samples" / "targets.png", len(shown))
+    for name, how in rows.items():
+        made = []
+        for part in tokens.split(16):  # pairs of tokens take room
+            field = as_map(make_target(part, *how))
+            made.append(torch.cat((lds(field)[:, None], rmsc(field)[:, None], directional_energy(field, bins)), 1))
+        means = torch.cat(made).mean(0).tolist()
+        say(f"{name:12}{means[0]:6.3f} {means[1]:6.3f}  " + " ".join(f"{energy:.3f}" for energy in means[2:]))
+        pictures.append(principal_colours(make_target(tokens[pick], *how), args.size))
+    file = save_grid(torch.cat(pictures), f"{args.out}-targets.png", len(pick))
     say(f"picture {file}: images, and a row a target, in its first three principal components")
 
 
@@ -1381,7 +1409,8 @@ def make_parser():
     add("--vae", metavar="CKPT", help="autoencoder: run of train_vae.py or SD-VAE weights; encodes at every step, or says "
         "where that of --latents is now (default: where it was)")  # fmt: skip
     add("--model", default="dit-nano", metavar="NAME",
-        help="uvit-nano|tiny|s|m|l|h or dit-nano|tiny|s|b|l|xl, in pixel and latent space with /PATCH (default: dit-nano)")  # fmt: skip
+        help="uvit-nano|tiny|s|m|l|h or dit-nano|tiny|s|b|l|xl, in pixel and latent space with /PATCH "
+        "(default: dit-nano)")  # fmt: skip
 
     add("--path", choices=("vp", "flow"), help=f"noise path {both('path')}")
     add("--predict", choices=("eps", "v", "x0"), help=f"what the network predicts {both('predict')}")
@@ -1405,16 +1434,17 @@ def make_parser():
     )
     add("--repa", choices=("repa", "irepa", "dog"),
         help="align hidden tokens to an encoder's: raw, spatially normalised, or band-passed (default: off)")  # fmt: skip
-    add("--encoder", default="facebookresearch/dinov2:dinov2_vitb14", metavar="SPEC",
+    add("--encoder", metavar="SPEC",
         help="hog, or a torch.hub entry REPO:ENTRY, REPO a local folder or on GitHub (default: "
         "facebookresearch/dinov2:dinov2_vitb14)")  # fmt: skip
     add("--repa-depth", type=int, metavar="K",
         help="the block after which tokens are aligned (default: a third of the network, at most 8)")  # fmt: skip
-    add("--repa-weight", type=float, default=0.5, metavar="W", help="of the alignment loss (default: 0.5)")
+    add("--repa-weight", type=float, metavar="W", help="of the alignment loss (default: 0.5)")
     add("--repa-stop", type=int, metavar="STEP", help="align no longer from this step on (default: never)")
-    add("--repa-sigmas", type=float, nargs=2, default=[0.0, 2.0], metavar=("S1", "S2"),
-        help="of dog, in tokens; S1 may be 0, S2 inf (default: 0 2)")  # fmt: skip
-    add("--repa-width", type=int, metavar="N", help=f"width of repa's projector {both('repa_width')}")
+    add("--repa-sigmas", type=float, nargs=2, metavar=("S1", "S2"),
+        help="of dog, in tokens; S1 may be 0, S2 inf (default: {:g} {:g})".format(*DOG_SIGMAS))  # fmt: skip
+    add("--repa-width", type=int, metavar="N",
+        help="width of repa's projector (default: 512 for nano or tiny models, 2048 for others)")  # fmt: skip
     add("--cache-targets", metavar="FILE", help="keep the encoder's tokens of all images and mirror images in this file, "
         "made at the first use (default: off, the encoder runs at every step)")  # fmt: skip
     add("--rmsc", action="store_true", help="only measure the targets of --encoder on the data, train nothing")

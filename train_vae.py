@@ -32,10 +32,10 @@ from sample import (Images, InputError, crop_text, fingerprint, frechet_distance
 from spectral_losses import (BINS, DSM_KEEP_ALL, DSM_LEVELS, block_that_fits, downscale, esm_loss, kl_loss, log_shares,
                              low_pass, power_law_exponent, resize_to_latent, scale_and_rotate, spectral_kl,
                              vf_loss)  # fmt: skip
-from train_diffusion import (SCALE_IMAGES, Cache, DataOrder, LatentStatistics, Log, Processes, add_training_flags, autocast, benchmark,
-                             check_ranges, count_flops, fill_cache, image_header, learning_rate, make_optimizer,
-                             make_scaler, matmul_rate, open_images, open_store, plain_arguments, recipe_defaults,
-                             set_up, take_step, update_ema, workers)  # fmt: skip
+from train_diffusion import (SCALE_IMAGES, Cache, DataOrder, LatentStatistics, Log, Processes, add_training_flags,
+                             autocast, benchmark, check_ranges, count_flops, fill_cache, image_header, learning_rate,
+                             make_optimizer, make_scaler, matmul_rate, open_images, open_store, plain_arguments,
+                             recipe_defaults, set_up, take_step, update_ema, workers)  # fmt: skip
 from vae import PRESETS, VAE, PatchGAN, adaptive_weight, hinge_loss, load_lpips, sample_posterior
 
 # ---- method -----------------------------------------------------------------------------------------------

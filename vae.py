@@ -194,6 +194,8 @@ def infer_shape(state):
     """The arguments of `VAE` that a state dict in the original layout stands for. Raises KeyError on another layout."""
     levels = sum(f"encoder.down.{i}.block.0.conv1.weight" in state for i in range(16))
     blocks = sum(f"encoder.down.0.block.{i}.conv1.weight" in state for i in range(16))
+    if not levels:
+        raise KeyError("encoder.down.0.block.0.conv1.weight")
     widths = tuple(state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels))
     return dict(widths=widths, latent_channels=state["post_quant_conv.weight"].shape[1], num_res_blocks=blocks)
 
