@@ -6,7 +6,7 @@
     encoder = load_encoder("hog")                                       # oriented gradients: no weights at all
 
     tokens, summary = encoder(images)                                   # (N, 3, H, W) in [-1, 1] -> (N, T, D), (N, D)
-    target = dog_target(resize_tokens(tokens, 16), 0.6, 2.0)            # or irepa_target, or the tokens themselves
+    target = dog_target(resize_tokens(tokens, 16), 0, 2)                # or irepa_target, or the tokens themselves
     loss = alignment_loss(projector(hidden), target).mean()             # hidden (N, 256, width) of the noisy input
 
 What a target keeps of the tokens is measured by `lds` here and by rmsc and directional_energy of spectral_losses.py.
@@ -124,7 +124,7 @@ def load_encoder(spec, device="cpu", resolution=PATCH_ENCODER_SIZE):
 # ---- targets ----------------------------------------------------------------------------------------------
 
 EPS = 1e-6  # beside a standard deviation [code]
-DOG_SIGMAS = (0.0, 2.0)  # in tokens: what our own comparison chose (README, "Align with an encoder")
+DOG_SIGMAS = (0.0, 2.0)  # in tokens: from the middle of the flat best range of our comparison (README)
 
 
 def as_map(tokens):

@@ -453,15 +453,19 @@ SAMPLERS["vp-sd"] = SAMPLERS["vp"]
 # ---- the model and its checkpoint -------------------------------------------------------------------------
 
 
-def parse_model(name):
-    """'uvit-s', 'dit-b/2', ... -> (class, its size arguments, patch size or None). Raises InputError."""
+def parse_model(name, published=False):
+    """'uvit-s', 'dit-b/2', of published weights also 'sit-b/2', ... -> (class, its size arguments, patch size or None).
+    Raises InputError.
+    """
     base, slash, patch = name.lower().partition("/")
     kind, _, size = base.partition("-")
-    table = {"uvit": (UViT, UVIT_SIZES), "dit": (DiT, DIT_SIZES)}.get(kind, (None, {}))
+    kinds = {"uvit": (UViT, UVIT_SIZES), "dit": (DiT, DIT_SIZES)} | ({"sit": (DiT, DIT_SIZES)} if published else {})
+    table = kinds.get(kind, (None, {}))
     if size not in table[1] or (slash and not (patch.isdigit() and int(patch) > 0)):
         names = [f"uvit-{s}" for s in UVIT_SIZES] + [f"dit-{s}" for s in DIT_SIZES]
         raise InputError(
-            f"--model {name}: unknown; it takes {', '.join(names)}, with /PATCH in pixel and latent space (dit-b/2)"
+            f"--model {name}: unknown; it takes {', '.join(names)}, with /PATCH in pixel and latent space (dit-b/2); a SiT "
+            "is a dit on --path flow"
         )
     return table[0], table[1][size], int(patch) if slash else None
 
@@ -659,7 +663,7 @@ def load_autoencoder(path, device):
 SD_SCALE = 0.18215  # of SD-VAE latents, in every published latent model
 
 
-def published_network(file, name, vae=None):
+def published_network(file, name, vae=None, ema=True):
     """A published DiT, SiT or U-ViT from its checkpoint -> (config of `Diffusion`, state dict). Kind and shape are read
     off its keys; the heads of attention, and whether it is a DiT or a SiT, only `name` tells (sit-xl/2). Raises
     InputError where they do not fit, or where a latent model finds no `vae`, (VAE, info) of `load_autoencoder`.
@@ -667,12 +671,13 @@ def published_network(file, name, vae=None):
     state = strip_prefixes(load_plain(file))
     if {"config", "model", "ema", "step"} <= state.keys():
         raise InputError(f"--ckpt {file}: a checkpoint of train_diffusion.py; give it without --ckpt and --model")
-    for part in ("ema", "state_dict", "model"):  # of training checkpoints, the first that is there
-        if isinstance(state.get(part), dict):
-            state = strip_prefixes(state[part])
-            break
+    parts = [part for part in ("ema", "state_dict", "model") if isinstance(state.get(part), dict)]
+    if not ema and not {"ema", "model"} <= set(parts):
+        raise InputError(f"--no-ema: {file} holds one set of weights; leave it out")
+    if parts:  # a training checkpoint
+        state = strip_prefixes(state[parts[0] if ema else "model"])
     kind, (base, _, patch_named) = name.lower().partition("-")[0], name.lower().partition("/")
-    parse_model(name.lower().replace("sit-", "dit-", 1))  # raises on an unknown size
+    parse_model(name, published=True)  # raises on an unknown size
     embeddings = {"x_embedder.proj.weight": ("dit", "sit"), "patch_embed.proj.weight": ("uvit",)}
     there = [key for key in embeddings if getattr(state.get(key), "ndim", 0) == 4]
     if not there:
@@ -1011,6 +1016,7 @@ def trajectory(diffusion, protocol, args, stem, device, columns=10, rows=8):
     strip = torch.stack([diffusion.decode(x0) for _, x0 in shown] + [final], 1).flatten(0, 1)
     print(f"x0 predictions, noise on the left: {save_grid(strip, f'{stem}-trajectory.png', len(shown) + 1)}")
     power = psd(seen[-1][1] if diffusion.vae else final).mean(0)  # (bands,)
+    power = power.where(power > 1e-9 * power.sum(), torch.nan)  # a small field has no power in some bands
     shares = torch.stack([psd(diffusion.field(x0)).mean(0) / power for _, x0 in shown], 1).cpu()  # (bands, columns)
     noise = diffusion.codec.eta / 127.5 if diffusion.codec else 1.0  # std of a coefficient's noise, images in [-1, 1]
     t = torch.linspace(1e-3, 1, 1000, dtype=torch.float64)
@@ -1020,8 +1026,10 @@ def trajectory(diffusion, protocol, args, stem, device, columns=10, rows=8):
     print("share of a band's final power in the x0 prediction, at t =")
     print("band  SNR<1 at " + "".join(f"{t:6.2f}" for t, _ in shown))
     for band, row in enumerate(shares.tolist()):
-        print(f"{band:4d}  {drowned[band]:8.2f} " + "".join(f"{share:6.2f}" for share in row))
-    table = {"t": [t for t, _ in shown], "share": shares.tolist(), "snr_below_1_at": drowned, **protocol}
+        if math.isfinite(row[0]):
+            print(f"{band:4d}  {drowned[band]:8.2f} " + "".join(f"{share:6.2f}" for share in row))
+    known = [[share if math.isfinite(share) else None for share in row] for row in shares.tolist()]
+    table = {"t": [t for t, _ in shown], "share": known, "snr_below_1_at": drowned, **protocol}
     Path(f"{stem}-trajectory.json").write_text(json.dumps(table))
 
 
@@ -1049,7 +1057,9 @@ def open_model(args, device):
         if not args.model:
             raise InputError(f"--ckpt {args.ckpt}: --model NAME says which network it is of, such as dit-xl/2")
         vae = load_autoencoder(args.vae, device) if args.vae else None
-        config, weights = published_network(args.ckpt, args.model, vae)
+        config, weights = published_network(args.ckpt, args.model, vae, ema=not args.no_ema)
+        if vae and vae[0].factor != 8 and int(os.environ.get("RANK", 0)) == 0:
+            print(f"note: --vae {args.vae} has {vae[0].factor} pixels a latent pixel; published models are of 8")
         return config, weights, 0, vae and vae[0]
     if args.model:
         raise InputError(f"--model {args.model}: is for --ckpt; {args.run} says itself what it is")

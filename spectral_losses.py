@@ -101,9 +101,10 @@ def power_law_exponent(x, delta=0.0, bins=BINS):
 @in_float32
 def band_error(prediction, reference, bins=BINS):
     """Power of the error over power of the reference in each radial band, over a batch (N, C, H, W) -> (bins,).
-    1 is a prediction that knows nothing of the band; nan or inf marks a band in which the reference has no power.
+    1 is a prediction that knows nothing of the band; nan marks a band without power, of small fields also the first.
     """
-    return psd(prediction - reference, bins).sum(0) / psd(reference, bins).sum(0)
+    power = psd(reference, bins).sum(0)
+    return torch.where(power > 1e-9 * power.sum(), psd(prediction - reference, bins).sum(0) / power, torch.nan)
 
 
 # ---- encoding spectrum matching ---------------------------------------------------------------------------

@@ -298,6 +298,12 @@ class Cache:
         values = torch.from_numpy(self.values[where.numpy(), flip.numpy().astype(int)])
         return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True).float()
 
+    def whole(self):
+        """Itself. Raises InputError where it is unfinished."""
+        if (np.asarray(self.status) == 0).any() or self.header.get("scale", 1) is None:
+            raise InputError(f"{self.file}: unfinished; the command that began it completes it")
+        return self
+
     # what a `Store` has as well
 
     @property
@@ -320,7 +326,7 @@ class Cache:
             yield torch.from_numpy(indices[order(step)[share].numpy()]), None
 
 
-def fill_cache(file, header, images, encode, processes, args, flag, finish=lambda cache: {}):
+def fill_cache(file, header, images, encode, processes, args, flag, batch=32, finish=lambda cache: {}):
     """Make the file of a `Cache`, or go on where making it was interrupted, with any number of processes of one machine;
     no collective waits on any of them. Its size is stated first.
 
@@ -340,8 +346,11 @@ def fill_cache(file, header, images, encode, processes, args, flag, finish=lambd
             f"{need / 2**20:,.1f} MiB into {file}")  # fmt: skip
         if need > DISK_SHARE * free:
             raise InputError(f"{flag} {file}: needs {need / 2**20:,.1f} MiB, its disk has {free / 2**20:,.1f} free")
-        Cache.create(f"{unfinished}.new", header, images.labels)
-        os.replace(f"{unfinished}.new", unfinished)
+        new = Path(f"{unfinished}.{os.getpid()}")
+        Cache.create(new, header, images.labels)
+        with contextlib.suppress(FileExistsError):  # another command was faster: both fill that one
+            os.link(new, unfinished)
+        new.unlink()
     while not file.exists() and not unfinished.exists():  # process 0 makes it
         time.sleep(0.1)
     if file.exists():
@@ -353,7 +362,7 @@ def fill_cache(file, header, images, encode, processes, args, flag, finish=lambd
         raise InputError(f"{unfinished}: unfinished, of other images or another encoder; remove it first")
     mine = np.arange(processes.rank, len(images), processes.world)
     mine = mine[cache.status[mine] == 0].tolist()
-    loader = DataLoader(Subset(images, mine), args.batch or 32, num_workers=workers(args, processes))
+    loader = DataLoader(Subset(images, mine), batch, num_workers=workers(args, processes))
     with torch.no_grad(), progress(total=len(images), initial=max(0, len(images) - processes.world * len(mine)),
                                    unit="img", desc="encode", disable=not processes.main) as bar:  # fmt: skip
         for where, pixels, good in loader:
@@ -453,10 +462,10 @@ class Targets:
             header = about | {"kind": "tokens", "encoder": args.encoder, "shape": [len(images), 2, side**2, self.dim]}
             fill_cache(file, header, images, self._both, processes, args, "--cache-targets")
         if file:
-            self.cache, self.encoder = Cache(file, kind="tokens"), None
+            self.cache, self.encoder = Cache(file, kind="tokens").whole(), None
             header, grid = self.cache.header, math.isqrt(self.cache.header["shape"][2])
             check_images(about, header, what)
-            if header["encoder"] != args.encoder:
+            if encoder_name(header["encoder"]) != encoder_name(args.encoder):
                 raise InputError(f"{what}: tokens of {header['encoder']}, not of --encoder {args.encoder}; name another file")
             if grid != side:
                 raise InputError(f"{what}: {grid} x {grid} tokens, {args.model} has {side} x {side}; name another file")
@@ -480,7 +489,8 @@ class Targets:
         return resize_tokens(self.encoder(images)[0].float(), self.side)
 
     def _both(self, images):
-        return torch.stack((self.tokens(images), self.tokens(images.flip(-1))), 1)
+        with autocast(self.args, self.device)[0]():
+            return torch.stack((self.tokens(images), self.tokens(images.flip(-1))), 1)
 
     def make(self, where, flip, images):
         if self.cache:
@@ -550,8 +560,8 @@ def band_errors(diffusion, examples, seed, device, levels=(0.1, 0.5, 0.9)):
 
 @torch.no_grad()
 def held_out_loss(diffusion, examples, args, weights, device):
-    """Mean training loss of fixed examples, batches (x0, y or None), whose times and noise follow from the seed."""
-    g, total, count = generator(args.seed, 4), 0.0, 0
+    """Mean training loss of fixed examples, batches (x0, y or None), with times and noise that are the same in all runs."""
+    g, total, count = generator(0, 4), 0.0, 0
     for x0, y in examples:
         t = draw_times(len(x0), args.t_sampling, args.t_logit_normal, diffusion.path, g).to(device)
         eps, y = torch.randn(x0.shape, generator=g).to(device), None if y is None else y.to(device)
@@ -697,7 +707,6 @@ SNR_SCALE = {32: 2.0, 64: 4.0, 128: 4.0, 256: 4.0, 512: 12.0}  # c of the vp pat
 MAY_CHANGE = set("steps device workers compile log_every eval_every save_every fresh benchmark out "
                  "val features features_weights lpips_vgg lpips_heads eval_images eval_only spectrum encode ckpt "
                  "latents vae cache_targets rmsc".split())  # fmt: skip
-ALIGNMENT = dict(encoder="facebookresearch/dinov2:dinov2_vitb14", repa_weight=0.5, repa_sigmas=list(DOG_SIGMAS))
 ALIGNMENT_DEPTH = 8  # at most, of the tap: of REPA's SiT-L and XL; 4 of 12 blocks in its SiT-B
 ALIGNMENT_WIDTH = {True: 512, False: 2048}  # of repa's projector, for nano and tiny models and for others [code]
 
@@ -710,15 +719,15 @@ def adopt(args):
         return None
     if args.space not in (None, "latent"):
         raise InputError(f"--space {args.space}: --latents and --vae are for --space latent")
-    args.space, latents = "latent", Cache(args.latents) if args.latents else None
+    args.space, latents = "latent", Cache(args.latents).whole() if args.latents else None
     if latents is None:
         own = Path(args.out or "") / "autoencoder.pt"  # of a run that goes on, where --vae is no longer there
         path = own if args.out and own.exists() and not Path(args.vae).exists() else args.vae
-        args.size = args.size or read_checkpoint(path, "autoencoder")["config"].get("size") or 256
+        known = read_checkpoint(path, "autoencoder")
+        args.size = args.size or known["config"].get("size") or 256
+        args.data = args.data or (known.get("args") or {}).get("data")
         return None
     header = latents.header
-    if header["scale"] is None:
-        raise InputError(f"--latents {args.latents}: unfinished; the same train_vae.py --encode command completes it")
     if args.size not in (None, header["size"]):
         raise InputError(f"--size {args.size}: {args.latents} was made of images of {header['size']} pixels; leave it out")
     args.size, args.data = header["size"], args.data or header["data"]
@@ -750,7 +759,8 @@ def complete(args):
     if dct:
         make_codec(vars(args) | {"eta": 1.0})  # raises where size, block and keep do not fit together
     if args.out is None:
-        args.out = f"runs/{short_name(args.data)}-{args.size}-{args.space}-{args.model.lower().replace('/', '-')}"
+        args.out = f"runs/{short_name(args.latents or args.data)}-{args.size}-{args.space}-"
+        args.out += args.model.lower().replace("/", "-")
         args.out += f"-{args.repa}" if args.repa else ""
     check_ranges(args, snr_scale=1e-9, repa_weight=0, repa_stop=1, repa_width=1)
     if not 0 <= args.label_dropout < 1:
@@ -760,25 +770,28 @@ def complete(args):
 
 def complete_alignment(args, depth, tiny):
     """Fill in the flags of --repa and --rmsc, which mean nothing without them. Raises InputError."""
-    if not (args.repa or args.rmsc):
-        names = ("encoder", "repa_depth", "repa_weight", "repa_stop", "repa_sigmas", "repa_width", "cache_targets")
-        for name in names:
-            if getattr(args, name) is not None:
-                raise InputError(f"--{name.replace('_', '-')}: is for --repa repa, irepa or dog")
-        return
-    if args.repa_width and args.repa in ("irepa", "dog"):
-        raise InputError(f"--repa-width {args.repa_width}: is for --repa repa; {args.repa}'s projector is a convolution")
-    for name, value in (ALIGNMENT | {"repa_width": ALIGNMENT_WIDTH[tiny]}).items():
+    used = {"encoder": "facebookresearch/dinov2:dinov2_vitb14"} if args.repa or args.rmsc else {}
+    if args.cache_targets and args.repa and Path(args.cache_targets).exists():
+        used["encoder"] = Cache(args.cache_targets, kind="tokens").header["encoder"]
+    if args.repa:
+        used |= {"repa_depth": max(1, min(ALIGNMENT_DEPTH, depth // 3)), "repa_weight": 0.5, "repa_stop": None,
+                 "cache_targets": None}  # fmt: skip
+    if args.repa == "repa":
+        used["repa_width"] = ALIGNMENT_WIDTH[tiny]
+    if args.repa == "dog" or args.rmsc:
+        used["repa_sigmas"] = list(DOG_SIGMAS)
+    for name in ("encoder", "repa_depth", "repa_weight", "repa_stop", "repa_sigmas", "repa_width", "cache_targets"):
         if getattr(args, name) is None:
-            setattr(args, name, value)
+            setattr(args, name, used.get(name))
+        elif name not in used:
+            chosen = f"--repa {args.repa}" if args.repa else "--rmsc alone" if args.rmsc else "no --repa"
+            raise InputError(f"--{name.replace('_', '-')}: means nothing with {chosen}; leave it out")
     if args.benchmark:
         args.cache_targets = None  # a benchmark writes nothing, and times the encoder itself
-    low, high = args.repa_sigmas
-    if not 0 <= low < high:
-        raise InputError(f"--repa-sigmas {low:g} {high:g}: the first must be the smaller, and not negative; 0.6 2 does")
-    if args.repa_depth is None:
-        args.repa_depth = max(1, min(ALIGNMENT_DEPTH, depth // 3))
-    if not 1 <= args.repa_depth <= depth:
+    if args.repa_sigmas and not 0 <= args.repa_sigmas[0] < args.repa_sigmas[1]:
+        low, high = args.repa_sigmas
+        raise InputError(f"--repa-sigmas {low:g} {high:g}: the first must be the smaller, and not negative; 0 2 does")
+    if args.repa and not 1 <= args.repa_depth <= depth:
         raise InputError(f"--repa-depth {args.repa_depth}: {args.model} has blocks 1 to {depth}")
 
 
@@ -798,7 +811,13 @@ def check_ranges(args, **least):
 def plain_arguments(args):
     """What a run must go on with. Where an encoder lies may change, not which one it is."""
     kept = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
-    return kept | {"encoder": args.encoder and args.encoder.rpartition(":")[2]}
+    if getattr(args, "latents", None):
+        del kept["data"]  # where the images of the latents lie; that they are the same is checked
+    return kept | {"encoder": encoder_name(args.encoder)}
+
+
+def encoder_name(spec):
+    return spec and spec.rpartition(":")[2]
 
 
 def open_run(args, kind):
@@ -809,6 +828,7 @@ def open_run(args, kind):
             raise InputError(f"--fresh: {run} holds a run; --fresh starts in an empty folder only, name another --out")
         checkpoint = read_checkpoint(run, kind)
         there, now = checkpoint.get("args", {}), plain_arguments(args)
+        there |= {"encoder": encoder_name(there.get("encoder")), "data": there.get("data", now.get("data"))}
         changed = [
             f"--{k.replace('_', '-')} {there.get(k)} there, {v} now" for k, v in now.items() if there.get(k) != v
         ]
@@ -1020,16 +1040,14 @@ def clean(diffusion, latents, where, pixels, flip, noise, device):
 
 
 @torch.no_grad()
-def examples(args, diffusion, store, latents, labels, device, batch):
+def examples(args, diffusion, store, latents, labels, validation, device, batch):
     """The images that evaluations look at, of --val or else of the training data: batches (x0, y or None) on the CPU."""
-    found, noise, count = [], generator(args.seed, 5), EVAL_IMAGES if args.size <= 64 else EVAL_IMAGES // 4
+    found, noise, count = [], generator(0, 5), EVAL_IMAGES if args.size <= 64 else EVAL_IMAGES // 4
     if args.val:
-        latents, store = None, Images(args.val, args.size)
-        if diffusion.classes and store.classes != diffusion.classes:
-            raise InputError(f"--val {args.val}: its classes are {store.classes}, those of the data {diffusion.classes}")
-        store.thin(count)
-        labels = torch.tensor(store.labels) if diffusion.classes else None
-        batches = ((where[good], pixels[good]) for where, pixels, good in DataLoader(store, batch))
+        latents = None
+        validation.thin(count)
+        labels = torch.tensor(validation.labels) if diffusion.classes else None
+        batches = ((where[good], pixels[good]) for where, pixels, good in DataLoader(validation, batch) if good.any())
     else:
         numbers = torch.linspace(0, store.count - 1, min(store.count, count), dtype=torch.float64).long().split(batch)
         batches = ((torch.from_numpy(store.indices[n.numpy()]), None if latents else store[n]) for n in numbers)
@@ -1037,6 +1055,8 @@ def examples(args, diffusion, store, latents, labels, device, batch):
         drawn = torch.randn(len(where), *diffusion.shape, generator=noise).to(device) if diffusion.vae else None
         x0, _ = clean(diffusion, latents, where, pixels, torch.zeros(len(where), dtype=torch.bool), drawn, device)
         found.append((x0.cpu(), labels[where] if diffusion.classes else None))
+    if args.val:
+        validation.check_unreadable(len(validation) - sum(len(x0) for x0, _ in found))
     return found
 
 
@@ -1101,13 +1121,10 @@ def check_images(about, header, what):
             raise InputError(f"{what}: made of other images than {about['data']}: {key} {there}, now {about[key]}")
 
 
-def make_network(args, config):
+def make_network(config):
     """A network without weights, to look at. Raises InputError where its parts do not fit together."""
     with torch.device("meta"):
-        network = build_network(config | {"eta": 1.0})
-    if args.repa and math.isqrt(network.num_tokens) ** 2 != network.num_tokens:
-        raise InputError(f"--repa: the {network.num_tokens} tokens of {args.model} form no square grid")
-    return network
+        return build_network(config | {"eta": 1.0})
 
 
 def main(args):
@@ -1119,6 +1136,7 @@ def main(args):
     processes, checkpoint, share, micro = set_up(args, "diffusion")
     device, folder, say, local = processes.device, Path(args.out), processes.print, share.stop - share.start
     step = checkpoint["step"] if checkpoint else 0
+    vae, found, origin = open_vae(args, latents, checkpoint, device) if args.space == "latent" else (None, {}, None)
     if checkpoint and step >= args.steps:
         return finished(args, say, step, again=True)
     aligning = bool(args.repa) and step < (args.repa_stop or math.inf)
@@ -1142,13 +1160,12 @@ def main(args):
     if args.classes and not about["classes"]:
         raise InputError(f"--classes: {args.data} has none; sort its images into a folder a class, or leave it out")
     classes = about["classes"] if args.classes is not False else None
+    validation = processes.local_first(lambda: Images(args.val, args.size)) if args.val else None
+    if validation and classes and validation.classes != classes:
+        raise InputError(f"--val {args.val}: its classes are {validation.classes}, those of the data {classes}")
     named = ("space", "size", "model", "path", "snr_scale", "predict", "label_dropout", "block", "keep")
-    config = {name: getattr(args, name) for name in named} | {"classes": classes}
-    vae = origin = None
-    if args.space == "latent":
-        vae, found, origin = open_vae(args, latents, checkpoint, device)
-        config |= found
-    network = make_network(args, config)  # raises before any work
+    config = {name: getattr(args, name) for name in named} | {"classes": classes} | found
+    network = make_network(config)  # raises before any work
     if not args.benchmark:
         folder.mkdir(parents=True, exist_ok=True)
     targets = Targets(args, network, images, about, processes) if aligning else None
@@ -1200,7 +1217,9 @@ def main(args):
         keep_autoencoder(origin, folder)
     sampled = Diffusion(config, ema, vae)
     order = DataOrder(store.count, args.batch, args.seed)
-    shown = examples(args, diffusion, store, latents, labels, device, 4 * micro) if processes.main else None
+    shown = None
+    if processes.main:
+        shown = examples(args, diffusion, store, latents, labels, validation, device, 4 * micro)
     epochs = args.steps * args.batch / store.count
     say(f"data     {store.how}" + (f", {len(classes)} classes" if classes else ", no classes"))
     if vae:
@@ -1283,10 +1302,13 @@ def compare_targets(args, latents):
     """
     processes = Processes(args.device)
     args.repa, args.cache_targets, config = args.repa or "repa", None, vars(args) | {"classes": None}
-    if args.space == "latent":
+    if latents:
+        channels, side = latents.header["shape"][2] // 2, latents.header["shape"][3]
+        config |= {"latent_shape": [channels, side, side]}
+    elif args.space == "latent":
         config |= open_vae(args, latents, None, processes.device)[1]
     images = open_images(args, processes)
-    targets = Targets(args, make_network(args, config), images, image_header(images), processes)
+    targets = Targets(args, make_network(config), images, image_header(images), processes)
     if not processes.main:
         return
     images.thin(TARGET_IMAGES)

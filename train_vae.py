@@ -783,7 +783,7 @@ def encode_data(args):
             statistics.add(*torch.from_numpy(cache.values[part].astype(np.float32)).flatten(0, 1).chunk(2, 1))
         return {"scale": statistics.result()["scale"]}
 
-    if not fill_cache(file, header, images, encode, processes, args, "--out", measure_scale):
+    if not fill_cache(file, header, images, encode, processes, args, "--out", args.batch or 32, measure_scale):
         return say(f"{file}: all {len(images)} images are encoded already")
     if processes.main:
         latents = Cache(file)
