@@ -109,7 +109,8 @@ def load_encoder(spec, device="cpu", resolution=PATCH_ENCODER_SIZE):
     except Exception as error:  # whatever the repository's own code raises
         frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
         urls = [known["url"] for known in frames if isinstance(known.get("url"), str)]  # what was being fetched
-        if not urls and (local or not isinstance(error, OSError)):
+        offline = isinstance(error, OSError) or isinstance(error.__cause__, OSError)
+        if not urls and (local or not offline):
             raise ValueError(f"encoder {spec}: {repo} gave no entry {entry!r} ({error})") from error
         raise ValueError(
             f"encoder {spec}: {urls[-1] if urls else f'https://github.com/{repo}'} could not be fetched into "

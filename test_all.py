@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import zipfile
 from pathlib import Path
 
@@ -1001,12 +1002,10 @@ def test_a_failed_fetch_names_address_folder_and_what_to_do(tmp_path, monkeypatc
         with pytest.raises(ValueError, match=f"gave no entry '{entry}' .*{said}"):
             repa.load_encoder(f"{tmp_path}:{entry}")
 
-    def offline(*args, **kwargs):
-        raise OSError("no network")
-
-    monkeypatch.setattr(torch.hub, "urlopen", offline)
-    with pytest.raises(ValueError, match=rf"https://github.com/no/such.* {tmp_path}/cache.*no network.*FOLDER:vit"):
-        repa.load_encoder("no/such:vit")
+    for failure in (OSError("reset"), urllib.error.URLError("no network")):
+        monkeypatch.setattr(torch.hub, "urlopen", lambda *args, failure=failure, **kwargs: (_ for _ in ()).throw(failure))
+        with pytest.raises(ValueError, match=rf"https://github.com/no/such.* {tmp_path}/cache.*FOLDER:vit"):
+            repa.load_encoder("no/such:vit")
     with pytest.raises(ValueError, match="neither hog nor REPO:ENTRY"):
         repa.load_encoder("nonsense")
 
@@ -2542,7 +2541,7 @@ def summary():
         (f"--repa dog --encoder {tmp_path}:summary", "--encoder .*summary on images of 16 px: .*no patch tokens"),
         (f"--repa dog --encoder {tmp_path}:strip", "--encoder .*strip on .*: 6 tokens form no square"),
         (f"--repa dog --encoder {tmp_path}:broken", "--encoder .*no forward_features"),
-        ("--repa dog --encoder nonsense", "--encoder nonsense: .*neither hog nor"),
+        ("--repa dog --encoder nonsense", "--encoder 'nonsense' is neither hog nor"),
         ("--repa dog --encoder hog --repa-depth 7", "--repa-depth 7: dit-nano has blocks 1 to 6"),
         ("--repa dog --encoder hog --repa-depth 0", "--repa-depth 0"),
         ("--repa dog --encoder hog --repa-depth 8 --model uvit-nano", "--repa-depth 8: uvit-nano has blocks 1 to 7"),

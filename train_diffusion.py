@@ -476,7 +476,7 @@ class Targets:
         try:
             self.encoder = processes.local_first(lambda: load_encoder(args.encoder, processes.device, resolution))
         except ValueError as error:
-            raise InputError(f"--encoder {args.encoder}: {error}") from error
+            raise InputError(f"--{error}") from error
         blank = torch.zeros(1, 3, args.size, args.size, device=processes.device)
         try:
             self.dim = self.tokens(blank).shape[2]
