@@ -12,6 +12,7 @@
 What a target keeps of the tokens is measured by `lds` here and by rmsc and directional_energy of spectral_losses.py.
 """
 
+import functools
 import math
 import traceback
 from pathlib import Path
@@ -144,18 +145,21 @@ def resize_tokens(tokens, side):
     return F.interpolate(field.float(), (side, side), mode="bilinear", antialias=True).flatten(2).mT
 
 
-def blur_matrix(side, sigma, device=None):
+@functools.lru_cache(maxsize=16)
+def blur_matrix(side, sigma, device):
     """Gaussian averages along one axis as a matrix (side, side), its rows renormalised to sum 1: at a border, what lies
-    beyond has no weight. sigma 0 is the identity, infinity the mean.
+    beyond has no weight. sigma infinity is the mean.
     """
-    at = torch.arange(side, dtype=torch.float64, device=device)
-    squared = (at[:, None] - at).square()
-    weights = torch.exp(-squared / (2 * sigma**2)) if sigma else torch.eye(side, dtype=torch.float64, device=device)
-    return (weights / weights.sum(1, keepdim=True)).float()
+    with torch.inference_mode(False):
+        at = torch.arange(side, dtype=torch.float64)
+        weights = torch.exp(-(at[:, None] - at).square() / (2 * sigma**2))
+        return (weights / weights.sum(1, keepdim=True)).to(device, torch.float32)
 
 
 def blur(field, sigma):
-    """(N, D, h, w) -> the same, smoothed by a Gaussian of sigma positions, renormalised at the borders."""
+    """(N, D, h, w) -> the same, smoothed by a Gaussian of sigma positions, renormalised at the borders; 0 smooths nothing."""
+    if sigma == 0:
+        return field
     rows, cols = (blur_matrix(side, sigma, field.device) for side in field.shape[-2:])
     with torch.autocast(field.device.type, enabled=False):  # the two blurs of a DoG nearly cancel
         return rows @ field.float() @ cols.mT
@@ -239,7 +243,8 @@ def lds(field):
     than half the grid, in Manhattan distance, minus that of the others. (N, D, g, g) -> (N,), 0 where there are none
     """
     u, side = F.normalize(field.float().flatten(2), dim=1), field.shape[-1]  # (N, D, T)
-    at = torch.cartesian_prod(*2 * (torch.arange(side, device=u.device),))  # (T, 2)
+    line = torch.arange(side, device=u.device)
+    at = torch.cartesian_prod(line, line)  # (T, 2)
     distance = (at[:, None] - at).abs().sum(2)  # (T, T)
     radius = max(side / 2, 1.5)  # on a 2 x 2 grid, neighbours against the diagonal
     cosines, near, far = u.mT @ u, (distance < radius) & (distance > 0), distance >= radius

@@ -2079,6 +2079,10 @@ def test_latent_cache_is_resumed_and_skips_unreadable_images(autoencoders, tmp_p
             raise KeyboardInterrupt
         return real(self, x)
 
+    def no_links(*paths):
+        raise PermissionError("a disk without hard links")
+
+    monkeypatch.setattr(train_diffusion.os, "link", no_links)
     monkeypatch.setattr(vae.VAE, "encode", killed_after)
     with pytest.raises(KeyboardInterrupt):
         looking(flags)

@@ -348,9 +348,13 @@ def fill_cache(file, header, images, encode, processes, args, flag, batch=32, fi
             raise InputError(f"{flag} {file}: needs {need / 2**20:,.1f} MiB, its disk has {free / 2**20:,.1f} free")
         new = Path(f"{unfinished}.{os.getpid()}")
         Cache.create(new, header, images.labels)
-        with contextlib.suppress(FileExistsError):  # another command was faster: both fill that one
+        try:
             os.link(new, unfinished)
-        new.unlink()
+        except FileExistsError:
+            pass  # another command was faster: both fill that one
+        except OSError:  # a disk without hard links
+            os.replace(new, unfinished)
+        new.unlink(missing_ok=True)
     while not file.exists() and not unfinished.exists():  # process 0 makes it
         time.sleep(0.1)
     if file.exists():
@@ -445,6 +449,24 @@ def diffusion_loss(diffusion, network, x0, eps, t, y=None, drop=None, weights=No
     return error.flatten(1).mean(1), aligned
 
 
+@torch.no_grad()
+def open_encoder(args, processes):
+    """`--encoder`, fetched by local rank 0 alone -> it, and its tokens (1, T, D) of a blank image. Raises InputError where
+    it cannot be had, or takes no images of --size, or gives no square grid of tokens.
+    """
+    resolution = PATCH_ENCODER_SIZE * max(1, args.size // 256)  # as published: 224 at 256 px, 448 at 512
+    try:
+        encoder = processes.local_first(lambda: load_encoder(args.encoder, processes.device, resolution))
+    except ValueError as error:
+        raise InputError(f"--{error}") from error
+    try:
+        tokens = encoder(torch.zeros(1, 3, args.size, args.size, device=processes.device))[0]
+        as_map(tokens)
+    except Exception as error:  # whatever the encoder's own code raises
+        raise InputError(f"--encoder {args.encoder} on images of {args.size} px: {error}") from error
+    return encoder, tokens
+
+
 class Targets:
     """The tokens that a network's hidden tokens are aligned to, from the encoder or from a cache of what it made.
 
@@ -457,7 +479,8 @@ class Targets:
         side = self.side = math.isqrt(network.num_tokens)
         file, what = args.cache_targets, f"--cache-targets {args.cache_targets}"
         if not (file and Path(file).exists()):
-            self._load(args, processes)
+            self.encoder, tokens = open_encoder(args, processes)
+            self.dim = tokens.shape[2]
         if file and self.encoder:
             header = about | {"kind": "tokens", "encoder": args.encoder, "shape": [len(images), 2, side**2, self.dim]}
             fill_cache(file, header, images, self._both, processes, args, "--cache-targets")
@@ -470,18 +493,6 @@ class Targets:
             if grid != side:
                 raise InputError(f"{what}: {grid} x {grid} tokens, {args.model} has {side} x {side}; name another file")
             self.dim = header["shape"][3]
-
-    def _load(self, args, processes):
-        resolution = PATCH_ENCODER_SIZE * max(1, args.size // 256)  # as published: 224 at 256 px, 448 at 512
-        try:
-            self.encoder = processes.local_first(lambda: load_encoder(args.encoder, processes.device, resolution))
-        except ValueError as error:
-            raise InputError(f"--{error}") from error
-        blank = torch.zeros(1, 3, args.size, args.size, device=processes.device)
-        try:
-            self.dim = self.tokens(blank).shape[2]
-        except Exception as error:  # whatever the encoder's own code raises
-            raise InputError(f"--encoder {args.encoder} on images of {args.size} px: {error}") from error
 
     @torch.no_grad()
     def tokens(self, images):
@@ -708,7 +719,7 @@ MAY_CHANGE = set("steps device workers compile log_every eval_every save_every f
                  "val features features_weights lpips_vgg lpips_heads eval_images eval_only spectrum encode ckpt "
                  "latents vae cache_targets rmsc".split())  # fmt: skip
 ALIGNMENT_DEPTH = 8  # at most, of the tap: of REPA's SiT-L and XL; 4 of 12 blocks in its SiT-B
-ALIGNMENT_WIDTH = {True: 512, False: 2048}  # of repa's projector, for nano and tiny models and for others [code]
+ALIGNMENT_WIDTH = {True: 512, False: 2048}  # of repa's projector: nano and tiny models [ours], others [code]
 
 
 def adopt(args):

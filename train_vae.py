@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Subset
 
-from repa import load_encoder
+from repa import as_map
 from sample import (Images, InputError, crop_text, fingerprint, frechet_distance, generator, like, load_autoencoder,
                     load_features, load_weights, progress, record_score, run_folder, run_program, save_grid, short_name,
                     to_uint8, write_atomically)  # fmt: skip
@@ -34,7 +34,7 @@ from spectral_losses import (BINS, DSM_KEEP_ALL, DSM_LEVELS, block_that_fits, do
                              vf_loss)  # fmt: skip
 from train_diffusion import (SCALE_IMAGES, Cache, DataOrder, LatentStatistics, Log, Processes, add_training_flags,
                              autocast, benchmark, check_ranges, count_flops, fill_cache, image_header, learning_rate,
-                             make_optimizer, make_scaler, matmul_rate, open_images, open_store, plain_arguments,
+                             make_optimizer, make_scaler, matmul_rate, open_encoder, open_images, open_store, plain_arguments,
                              recipe_defaults, set_up, take_step, update_ema, workers)  # fmt: skip
 from vae import PRESETS, VAE, PatchGAN, adaptive_weight, hinge_loss, load_lpips, sample_posterior
 
@@ -143,8 +143,7 @@ def autoencoder_loss(args, parts, images, noise, views, log, gan=False):
     if "vf" in parts.terms:
         with torch.no_grad():
             tokens = parts.encoder(images)[0].float()  # (N, T, D)
-        grid = math.isqrt(tokens.shape[1])
-        vf = vf_loss(projected, tokens.mT.unflatten(2, (grid, grid)))
+        vf = vf_loss(projected, as_map(tokens))
         balance = adaptive_weight(reconstruction, vf, parts.vae.encoder.conv_out.weight, parts.average)
         log.add("vf", vf)
         log.add("vf_balance", balance)
@@ -400,13 +399,7 @@ def make_parts(args, processes, config):
     shape = {name: config[name] for name in ("widths", "latent_channels", "num_res_blocks")}
     vae, width = VAE(**shape).to(device, memory_format=layout(device)), None
     if "vf" in terms:
-        try:
-            encoder = processes.local_first(lambda: load_encoder(args.encoder, device))
-            tokens = encoder(torch.zeros(1, 3, args.size, args.size, device=device))[0]
-        except ValueError as error:
-            raise InputError(f"--encoder {args.encoder}: {error}") from error
-        if math.isqrt(tokens.shape[1]) ** 2 != tokens.shape[1]:
-            raise InputError(f"--encoder {args.encoder}: {tokens.shape[1]} tokens are no square grid")
+        encoder, tokens = open_encoder(args, processes)
         width = tokens.shape[2]
     one_pass = OnePass(vae, width).to(device)
     discriminator = PatchGAN().to(device, memory_format=layout(device)) if args.gan_weight else None
