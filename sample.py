@@ -13,6 +13,7 @@ sampling, scores. What training needs on top is in train_diffusion.py, which imp
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import io
@@ -515,11 +516,12 @@ class Diffusion:
     classes (names, or None), label_dropout; in DCT space also block, keep, eta; in latent space latent_shape
     [C, h, w], scale (1 / std of the latents), autoencoder (hash of its weights). Published weights add network (more
     arguments of it) and reversed (SiT: it is shown 1 - t and gives -v). vae: the frozen autoencoder, in latent space.
+    amp() is the context in which the networks run (see `autocast`); all else is computed in float32.
     """
 
-    def __init__(self, config, network=None, vae=None):
+    def __init__(self, config, network=None, vae=None, amp=contextlib.nullcontext):
         self.config, self.predict, self.classes = config, config["predict"], config["classes"]
-        self.path, self.vae = PATHS[config["path"]](config["snr_scale"]), vae
+        self.path, self.vae, self.amp = PATHS[config["path"]](config["snr_scale"]), vae, amp
         self.codec = make_codec(config) if config["space"] == "dct" else None
         self.network = network or build_network(config)
         # As published: DiT and U-ViT are called with 999 t, SiT, which is DiT on the flow path, with t in 0..1.
@@ -534,8 +536,8 @@ class Diffusion:
         noise (N, *shape), or its mean.
         """
         if self.config["space"] == "latent":
-            with torch.no_grad():
-                moments = zip(*(self.vae.encode(part) for part in images.split(VAE_BATCH)))
+            with torch.no_grad(), self.amp():
+                moments = zip(*[self.vae.encode(part) for part in images.split(VAE_BATCH)])
             return self.from_moments(*(torch.cat(moment).float() for moment in moments), noise)
         return self.codec.encode(images) if self.codec else images
 
@@ -547,7 +549,8 @@ class Diffusion:
         """(N, *shape) -> images (N, 3, S, S) in [-1, 1]."""
         if self.config["space"] == "latent":
             parts = (x / self.config["scale"]).split(VAE_BATCH)
-            return torch.cat([self.vae.decode(part) for part in parts]).clamp(-1, 1)
+            with self.amp():
+                return torch.cat([self.vae.decode(part).float() for part in parts]).clamp(-1, 1)
         return self.codec.decode(x) if self.codec else x.clamp(-1, 1)
 
     def field(self, x):
@@ -555,9 +558,10 @@ class Diffusion:
         return x if self.config["space"] == "latent" else self.decode(x)
 
     def output(self, network, x, t, y=None, drop=None):
-        if self.config.get("reversed"):
-            return -network(x, (1 - t) * self.time_scale, y, drop)
-        return network(x, t * self.time_scale, y, drop)
+        with self.amp():
+            if self.config.get("reversed"):
+                return -network(x, (1 - t) * self.time_scale, y, drop)
+            return network(x, t * self.time_scale, y, drop)
 
     def denoiser(self, y=None, guidance=1.0, interval=(0.0, 1.0)):
         """denoise(x, t) -> (x0, eps) for the samplers. Classifier-free guidance (arXiv 2207.12598) within an interval
@@ -777,10 +781,15 @@ def load_weights(network, state, source, assign=False):
 # ---- sampling ---------------------------------------------------------------------------------------------
 
 
+def seeds(*numbers, count=1):
+    """`count` seeds that follow from several non-negative integers; the first few do not depend on how many there are."""
+    state = np.random.SeedSequence([len(numbers), *numbers]).generate_state(count, np.uint64)
+    return [int(word) >> 1 for word in state]
+
+
 def generator(*numbers, device="cpu"):
     """A torch generator seeded by several non-negative integers."""
-    seed = np.random.SeedSequence([len(numbers), *numbers]).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(seed) >> 1)
+    return torch.Generator(device).manual_seed(seeds(*numbers)[0])
 
 
 @torch.no_grad()
@@ -852,6 +861,35 @@ def choose_device(name):
     return torch.device(name)
 
 
+def multiplies_bf16(device):
+    """Whether the hardware has bf16 matrix products: CUDA from compute capability 8.0, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def autocast(amp, device, tf32=False):
+    """`--amp` -> (a function that makes the context in which networks run, dtype or None). auto: bf16 where the hardware
+    multiplies it, else fp16 on CUDA and float32 on a CPU. tf32 lets CUDA round what is left of float32 products, within
+    the context alone: a codec's stay exact.
+    """
+    if amp == "auto":
+        amp = "bf16" if multiplies_bf16(device) else "fp16" if device.type == "cuda" else "off"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+
+    @contextlib.contextmanager
+    def context():
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if tf32 and device.type == "cuda" else before)
+        try:
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return context, dtype
+
+
 def parse_classes(chosen, classes):
     """`--classes` names or numbers -> indices; image i takes entry i modulo their count. None: all, in turn."""
     if classes is None:
@@ -876,7 +914,7 @@ def sample_files(diffusion, protocol, args, folder, device, rank, world):
     folder.mkdir(parents=True, exist_ok=True)
     if record.exists():
         there = json.loads(record.read_text())
-        changed = [f"{k} {there.get(k)} there, {v} now" for k, v in protocol.items() if there.get(k) != v]
+        changed = [f"{k} {there[k]} there, {v} now" for k, v in protocol.items() if there.get(k, v) != v]
         if changed:
             raise InputError(f"--out {folder} holds images made otherwise ({'; '.join(changed)}); name another folder")
     elif rank > 0:
@@ -1100,7 +1138,8 @@ def main(args):
         raise InputError(f"--guidance {args.guidance}: this model was trained without classes, nothing can guide it")
     if args.guidance != 1 and not config["label_dropout"]:
         raise InputError(f"--guidance {args.guidance}: trained with --label-dropout 0, this model knows no null class")
-    diffusion = Diffusion(config, vae=vae)
+    amp, dtype = autocast(args.amp, device, tf32=True)
+    diffusion = Diffusion(config, vae=vae, amp=amp)
     load_weights(diffusion.network, weights, args.run or args.ckpt)
     diffusion.network.to(device).eval()
 
@@ -1111,6 +1150,7 @@ def main(args):
     protocol = {"weights": fingerprint(weights), "checkpoint_step": step, "ema": not args.no_ema,
                 "sampler": sampler, "steps": args.steps, "guidance": args.guidance,
                 "guidance_interval": list(args.guidance_interval), "seed": args.seed,
+                "amp": str(dtype or torch.float32).removeprefix("torch."),
                 "classes": parse_classes(args.classes, config["classes"])}  # fmt: skip
     protocol |= {"autoencoder": config["autoencoder"]} if config["space"] == "latent" else {}
     name = Path(args.ckpt).stem if args.ckpt else f"step{step}"
@@ -1140,6 +1180,14 @@ def main(args):
         score(files, protocol, args, reference, features, device)
 
 
+def add_device_flags(add):
+    """The flags of all programs that say where and in which precision they run."""
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: auto)")
+    add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
+        help="precision of the networks' products (default: auto, bf16 where the hardware multiplies it, else fp16 on "
+        "CUDA and off on a CPU)")  # fmt: skip
+
+
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -1166,7 +1214,7 @@ def make_parser():
     add("--features", default="inception", help="inception, hog or a torch.hub encoder REPO:ENTRY (default: inception)")
     add("--features-weights", metavar="FILE", help="local Inception weights (default: torch-fidelity downloads them)")
     add("--trajectory", action="store_true", help="only show one sampling run, band by band")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: auto)")
+    add_device_flags(add)
     return parser
 
 

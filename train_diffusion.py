@@ -25,6 +25,7 @@ import os
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +41,9 @@ from dct import DCTStatistics, ebfr_weights, psnr_per_keep
 from dit import DiT
 from repa import (DOG_SIGMAS, PATCH_ENCODER_SIZE, Aligned, alignment_loss, as_map, lds, load_encoder, make_projector,
                   make_target, resize_tokens)  # fmt: skip
-from sample import (Diffusion, Images, InputError, build_network, choose_device, generate, generator, like,
-                    load_weights, make_codec, open_autoencoder, parse_model, progress, read_checkpoint, run_program,
-                    save_grid, short_name, target, write_atomically)  # fmt: skip
+from sample import (Diffusion, Images, InputError, add_device_flags, autocast, build_network, choose_device, generate,
+                    generator, like, load_weights, make_codec, open_autoencoder, parse_model, progress, read_checkpoint,
+                    run_program, save_grid, seeds, short_name, target, write_atomically)  # fmt: skip
 from spectral_losses import band_error, directional_energy, rmsc
 
 # ---- set-up: processes, data order ------------------------------------------------------------------------
@@ -113,6 +114,16 @@ class DataOrder:
             parts.append(self.order[offset : offset + end - position])
             position += len(parts[-1])
         return torch.cat(parts)
+
+
+def prefetch(batches):
+    """The items of an iterator, each made by a background thread while the one before it is used."""
+    batches = iter(batches)
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = thread.submit(next, batches, None)
+            yield batch
 
 
 # ---- data: decoded once, or on the fly --------------------------------------------------------------------
@@ -470,8 +481,8 @@ def open_encoder(args, processes):
 class Targets:
     """The tokens that a network's hidden tokens are aligned to, from the encoder or from a cache of what it made.
 
-    make(where, flip, images): of images (N, 3, S, S) in [-1, 1], mirrored already -> (N, T, D). Attributes: dim;
-    encoder, None where tokens are cached. Raises InputError where the encoder cannot be had or does not fit.
+    make(images, cached): of images (N, 3, S, S) in [-1, 1], or of their tokens from `cache` -> (N, T, D). Attributes: dim;
+    cache and encoder, one of them None. Raises InputError where the encoder cannot be had or does not fit.
     """
 
     def __init__(self, args, network, images, about, processes):
@@ -497,30 +508,45 @@ class Targets:
     @torch.no_grad()
     def tokens(self, images):
         """What the encoder makes of images, on the network's grid: (N, T, D)"""
-        return resize_tokens(self.encoder(images)[0].float(), self.side)
+        with autocast(self.args.amp, self.device)[0]():
+            tokens = self.encoder(images)[0]
+        return resize_tokens(tokens.float(), self.side)
 
     def _both(self, images):
-        with autocast(self.args, self.device)[0]():
-            return torch.stack((self.tokens(images), self.tokens(images.flip(-1))), 1)
+        return torch.stack((self.tokens(images), self.tokens(images.flip(-1))), 1)
 
-    def make(self, where, flip, images):
-        if self.cache:
-            tokens = self.cache.read(where, flip, self.device)
-        else:
-            tokens = self.tokens(images)
+    def make(self, images, cached=None):
+        tokens = self.tokens(images) if cached is None else cached
         return make_target(tokens, self.args.repa, sigmas=self.args.repa_sigmas)
 
 
-def draw_step(seed, step, n, shape, args, path, device):
-    """All that is random in a step, for the whole global batch, from (seed, step): t, noise, label drop, flip, and the
-    noise of the latents' posteriors (None in other spaces). flip is on the CPU, where cached data is looked up.
+def image_noise(seed, step, stream, share, shape, device):
+    """Standard normal noise (n, *shape) of the images at `share`, a slice, of a step's global batch. Each image's follows
+    from (seed, step, stream) and its place alone, so that a process draws no other's.
     """
-    g = generator(seed, step, 1, device=device)
-    t = draw_times(n, args.t_sampling, args.t_logit_normal, path, g)
-    eps = torch.randn(n, *shape, generator=g, device=device)
-    drop = torch.rand(n, generator=g, device=device) < args.label_dropout
-    flip = (torch.rand(n, generator=generator(seed, step, 2)) < 0.5) & args.flip
-    return t, eps, drop, flip, torch.randn(n, *shape, generator=g, device=device) if args.space == "latent" else None
+    g, noise = torch.Generator(device), torch.empty(share.stop - share.start, *shape, device=device)
+    for row, number in zip(noise, seeds(seed, step, stream, count=share.stop)[share]):
+        row.normal_(generator=g.manual_seed(number))
+    return noise
+
+
+def draw_flips(args, step, share):
+    """Which images of a process's share are mirrored (n,), on the CPU, where cached data is looked up."""
+    return ((torch.rand(args.batch, generator=generator(args.seed, step, 2)) < 0.5) & args.flip)[share]
+
+
+def draw_step(args, step, share, diffusion, device):
+    """What else is random in a step, of the images at `share` of the global batch, from (seed, step) and their place: t,
+    noise, label drop, and the noise of the latents' posteriors (None in other spaces).
+    """
+    g = generator(args.seed, step, 1, device=device)
+    t = draw_times(args.batch, args.t_sampling, args.t_logit_normal, diffusion.path, g)[share]
+    drop = (torch.rand(args.batch, generator=g, device=device) < args.label_dropout)[share]
+    eps, posterior = (
+        image_noise(args.seed, step, stream, share, diffusion.shape, device) if wanted else None
+        for stream, wanted in ((6, True), (7, diffusion.vae))
+    )
+    return t, eps, drop, posterior
 
 
 def learning_rate(step, args):
@@ -584,13 +610,6 @@ def held_out_loss(diffusion, examples, args, weights, device):
 # ---- measuring --------------------------------------------------------------------------------------------
 
 
-def autocast(args, device):
-    """`--amp`, auto being bf16 on CUDA and off on a CPU -> (a function that makes the context, dtype or None)"""
-    kind = {"auto": "bf16" if device.type == "cuda" else "off"}.get(args.amp, args.amp)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[kind]
-    return lambda: torch.autocast(device.type, dtype, enabled=dtype is not None), dtype
-
-
 def count_flops(loss):
     """FLOPs of loss() and its backward pass, counted by torch."""
     with FlopCounterMode(display=False) as counter:
@@ -651,7 +670,18 @@ class Log:
         self.restart_clock(step)
 
     def restart_clock(self, step):
-        self.started, self.step_then = time.perf_counter(), step
+        self.started, self.step_then, self.waited = time.perf_counter(), step, 0.0
+
+    def timed(self, batches):
+        """The batches, the time spent waiting for them counted."""
+        batches = iter(batches)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
 
     def add(self, name, values, where=None, bins=1):
         """Count values, (n,) or a scalar, in the mean called `name`, or in `bins` means, where (n,) saying which."""
@@ -680,8 +710,9 @@ class Log:
             means = [t / c if c else None for t, c in zip(total, count)]
             line[name] = means if len(means) > 1 else means[0]
         line["grad_norm"], line["skipped_steps"] = (self.norm / self.steps.clamp_min(1)).item(), int(self.skipped)
-        rate, worst = (step - self.step_then) * self.args.batch / (time.perf_counter() - self.started), int(self.worst_run)
-        line |= {"lr": lr, "images_per_s": round(rate, 1)}
+        elapsed, worst = time.perf_counter() - self.started, int(self.worst_run)
+        rate = (step - self.step_then) * self.args.batch / elapsed
+        line |= {"lr": lr, "images_per_s": round(rate, 1), "data_wait": round(self.waited / elapsed, 4)}
         line |= {"share_of_peak": round(rate * self.flops / self.peak, 4)} if self.flops else {}
         images = step * self.args.batch
         self.write(step=step, images=images, epoch=images / self.count, **line)
@@ -917,27 +948,26 @@ def benchmark(args, images, processes, encode, names, step, count_flops, dtype):
     say(f"peak memory      {peak / 2**20:8.0f} MiB")
 
 
-def benchmark_diffusion(args, images, diffusion, trained, weights, latents, targets, processes, amp):
+def benchmark_diffusion(args, images, diffusion, trained, weights, latents, targets, processes, dtype):
     """`--benchmark N` of this program."""
-    device, (context, dtype) = processes.device, amp
-    network, optimizer, n = wrap(trained, args, processes), make_optimizer(trained, args), args.batch // processes.world
+    device, n = processes.device, args.batch // processes.world
+    network, optimizer = wrap(trained, args, processes), make_optimizer(trained, args)
     where = None if latents is None else torch.from_numpy(np.resize(latents.indices, n))
     blank = torch.zeros(n, 3, args.size, args.size, device=device)  # where latents come without their images
 
     def step(i, pixels, mark):
-        t, eps, drop, flip, noise = draw_step(args.seed, i, n, diffusion.shape, args, diffusion.path, device)
+        flip = draw_flips(args, i, slice(0, n))
+        t, eps, drop, noise = draw_step(args, i, slice(0, n), diffusion, device)
         y = torch.zeros(n, dtype=torch.long, device=device) if diffusion.classes else None
+        moments = None if latents is None else latents.read(where, flip, device)
+        pixels = None if pixels is None else pixels.to(device)
         for start in range(0, n, n // args.grad_accum):
             part = slice(start, start + n // args.grad_accum)
-            with context() if diffusion.vae else contextlib.nullcontext():
-                x0, x = clean(diffusion, latents, cut(where, part), cut(pixels, part), flip[part], cut(noise, part), device)
+            x0, x = clean(diffusion, cut(pixels, part), cut(moments, part), flip[part], cut(noise, part))
             mark("data")
-            with context():
-                tokens = targets.make(None, flip[part], blank[part] if x is None else x) if targets else None
+            tokens = targets.make(blank[part] if x is None else x) if targets else None
             mark("targets")
-            with context():
-                loss, aligned = diffusion_loss(diffusion, network, x0, eps[part], t[part], cut(y, part), drop[part],
-                                               weights, tokens)  # fmt: skip
+            loss, aligned = diffusion_loss(diffusion, network, x0, eps[part], t[part], cut(y, part), drop[part], weights, tokens)
             mark("forward")
             (loss.mean() + args.repa_weight * aligned.mean() if targets else loss.mean()).backward()
             mark("backward")
@@ -1037,17 +1067,32 @@ def cut(values, part):
     return None if values is None else values[part]
 
 
-def clean(diffusion, latents, where, pixels, flip, noise, device):
-    """What a step learns from: images `where` (n,) of cached latents, or pixels (n, 3, S, S) uint8; mirrored where flip
-    (n,); noise samples the latents' posteriors -> x0 (n, *shape), images (n, 3, S, S) in [-1, 1] or None
+def load(batches, step, args, share, device, latents=None, targets=None, until=0):
+    """From `step` on, what a step needs of its data: where (n,) and flip (n,), on the CPU; and on the device pixels
+    (n, 3, S, S) uint8, the moments of cached latents, the tokens of cached targets up to step `until`, or None.
     """
-    x = None
-    if pixels is not None:
-        x = pixels.to(device, non_blocking=True) / 127.5 - 1
-        x = torch.where(like(flip.to(device, non_blocking=True), x), x.flip(-1), x)
-    if latents is None:
+    for step, (where, pixels) in enumerate(batches, step):
+        flip = draw_flips(args, step, share)
+        pixels = None if pixels is None else pixels.to(device, non_blocking=True)
+        moments = latents.read(where, flip, device) if latents else None
+        cached = targets.cache.read(where, flip, device) if targets and targets.cache and step < until else None
+        yield where, flip, pixels, moments, cached
+
+
+def mirrored(pixels, flip):
+    """Pixels (n, 3, S, S) uint8 -> images in [-1, 1], mirrored where flip (n,)."""
+    x = pixels / 127.5 - 1
+    return torch.where(like(flip.to(x.device, non_blocking=True), x), x.flip(-1), x)
+
+
+def clean(diffusion, pixels, moments, flip, noise):
+    """What a step learns from: the moments of cached latents, mirrored already, or pixels (n, 3, S, S) uint8, mirrored here
+    where flip (n,); noise samples the latents' posteriors -> x0 (n, *shape), images (n, 3, S, S) in [-1, 1] or None
+    """
+    x = None if pixels is None else mirrored(pixels, flip)
+    if moments is None:
         return diffusion.encode(x, noise), x
-    return diffusion.from_moments(*latents.read(where, flip, device).chunk(2, 1), noise), x
+    return diffusion.from_moments(*moments.chunk(2, 1), noise), x
 
 
 @torch.no_grad()
@@ -1064,7 +1109,9 @@ def examples(args, diffusion, store, latents, labels, validation, device, batch)
         batches = ((torch.from_numpy(store.indices[n.numpy()]), None if latents else store[n]) for n in numbers)
     for where, pixels in batches:
         drawn = torch.randn(len(where), *diffusion.shape, generator=noise).to(device) if diffusion.vae else None
-        x0, _ = clean(diffusion, latents, where, pixels, torch.zeros(len(where), dtype=torch.bool), drawn, device)
+        as_is = torch.zeros(len(where), dtype=torch.bool)
+        moments = latents.read(where, as_is, device) if latents else None
+        x0, _ = clean(diffusion, None if latents else pixels.to(device), moments, as_is, drawn)
         found.append((x0.cpu(), labels[where] if diffusion.classes else None))
     if args.val:
         validation.check_unreadable(len(validation) - sum(len(x0) for x0, _ in found))
@@ -1203,16 +1250,16 @@ def main(args):
     elif vae and not config["scale"]:
         config |= {"scale": measure_scale(store, vae, device)}
     torch.manual_seed(args.seed)  # the same weights in every process
-    diffusion = Diffusion(config, vae=vae)
+    amp, dtype = autocast(args.amp, device)
+    diffusion = Diffusion(config, vae=vae, amp=amp)
     trained = network = diffusion.network.to(device).train()
     if args.repa:
         dim = targets.dim if targets else checkpoint["target_dim"]
         projector = make_projector(args.repa, network.width, dim, args.repa_width)
         trained = Aligned(network, projector.to(device), args.repa_depth)
     weights = ebfr_weights(torch.tensor(config["entropies"]), config["keep"]).to(device) if args.ebfr else None
-    amp, dtype = autocast(args, device)
     if args.benchmark:
-        return benchmark_diffusion(args, images, diffusion, trained, weights, latents, targets, processes, (amp, dtype))
+        return benchmark_diffusion(args, images, diffusion, trained, weights, latents, targets, processes, dtype)
     optimizer, ema = make_optimizer(trained, args), copy.deepcopy(network).eval().requires_grad_(False)
     scaler = make_scaler(device, dtype)
 
@@ -1226,7 +1273,7 @@ def main(args):
         scaler.load_state_dict(checkpoint["scaler"])
     elif vae and processes.main:
         keep_autoencoder(origin, folder)
-    sampled = Diffusion(config, ema, vae)
+    sampled = Diffusion(config, ema, vae, amp)
     order = DataOrder(store.count, args.batch, args.seed)
     shown = None
     if processes.main:
@@ -1267,23 +1314,21 @@ def main(args):
     until = min(args.repa_stop or args.steps, args.steps) if targets else args.steps
     batches = (store.batches(order, range(step, until), share),  # with images for the encoder, while it runs
                (latents or store).batches(order, range(until, args.steps), share))  # fmt: skip
-    for where, pixels in itertools.chain(*batches):
+    batches = load(itertools.chain(*batches), step, args, share, device, latents, targets, until)
+    for where, flip, pixels, moments, cached in log.timed(prefetch(batches)):
         if targets and step == args.repa_stop:
             wrapped, targets = wrap(network, args, processes), None
-        drawn = draw_step(args.seed, step, args.batch, diffusion.shape, args, diffusion.path, device)
-        t, eps, drop, flip, noise = (cut(values, share) for values in drawn)
+        t, eps, drop, noise = draw_step(args, step, share, diffusion, device)
         y = labels[where].to(device) if classes else None
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         for start in range(0, local, micro):
             part, last = slice(start, start + micro), start + micro == local
-            with amp() if vae else contextlib.nullcontext():
-                x0, x = clean(diffusion, latents, where[part], cut(pixels, part), flip[part], cut(noise, part), device)
+            x0, x = clean(diffusion, cut(pixels, part), cut(moments, part), flip[part], cut(noise, part))
+            tokens = targets.make(x, cut(cached, part)) if targets else None
             with processes.no_sync(wrapped, last):
-                with amp():
-                    tokens = targets.make(where[part], flip[part], x) if targets else None
-                    loss, aligned = diffusion_loss(diffusion, wrapped, x0, eps[part], t[part], cut(y, part), drop[part],
-                                                   weights, tokens)  # fmt: skip
+                loss, aligned = diffusion_loss(diffusion, wrapped, x0, eps[part], t[part], cut(y, part), drop[part],
+                                               weights, tokens)  # fmt: skip
                 total = loss.mean() + args.repa_weight * aligned.mean() if targets else loss.mean()
                 scaler.scale(total / args.grad_accum).backward()
             log.add("loss", loss)
@@ -1411,10 +1456,8 @@ def add_training_flags(add, both):
     add("--weight-decay", type=float, metavar="X", help=f"AdamW weight decay {both('weight_decay')}")
     add("--clip", type=float, default=1.0, metavar="X", help="largest gradient norm, 0 for none (default: 1)")
     add("--ema", type=float, metavar="X", help=f"decay of the average of the weights, 0 for none {both('ema')}")
-    add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
-        help="autocast (default: auto, bf16 on CUDA, off on a CPU)")  # fmt: skip
+    add_device_flags(add)
     add("--compile", action="store_true", help="torch.compile the network")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: auto)")
     add("--seed", type=int, default=0, metavar="N", help="of weights, data order and noise (default: 0)")
     add("--workers", type=int, metavar="N", help="processes that decode images (default: the CPU's cores, at most 8)")
     add("--log-every", type=int, default=50, metavar="N", help="steps a metrics line (default: 50)")

@@ -26,16 +26,17 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Subset
 
 from repa import as_map
-from sample import (Images, InputError, crop_text, fingerprint, frechet_distance, generator, like, load_autoencoder,
+from sample import (Images, InputError, autocast, crop_text, fingerprint, frechet_distance, generator, load_autoencoder,
                     load_features, load_weights, progress, record_score, run_folder, run_program, save_grid, short_name,
                     to_uint8, write_atomically)  # fmt: skip
 from spectral_losses import (BINS, DSM_KEEP_ALL, DSM_LEVELS, block_that_fits, downscale, esm_loss, kl_loss, log_shares,
                              low_pass, power_law_exponent, resize_to_latent, scale_and_rotate, spectral_kl,
                              vf_loss)  # fmt: skip
 from train_diffusion import (SCALE_IMAGES, Cache, DataOrder, LatentStatistics, Log, Processes, add_training_flags,
-                             autocast, benchmark, check_ranges, count_flops, fill_cache, image_header, learning_rate,
-                             make_optimizer, make_scaler, matmul_rate, open_encoder, open_images, open_store, plain_arguments,
-                             recipe_defaults, set_up, take_step, update_ema, workers)  # fmt: skip
+                             benchmark, check_ranges, count_flops, fill_cache, image_header, image_noise, learning_rate,
+                             load, make_optimizer, make_scaler, matmul_rate, mirrored, open_encoder, open_images,
+                             open_store, plain_arguments, prefetch, recipe_defaults, set_up, take_step, update_ema,
+                             workers)  # fmt: skip
 from vae import PRESETS, VAE, PatchGAN, adaptive_weight, hinge_loss, load_lpips, sample_posterior
 
 # ---- method -----------------------------------------------------------------------------------------------
@@ -107,15 +108,15 @@ class OnePass(nn.Module):
 
     def __init__(self, vae, feature_width=None):
         super().__init__()
-        self.vae = vae
+        self.vae, self.encode, self.decode = vae, vae.encode, vae.decode
         if feature_width:  # onto the features of vf's encoder
             self.project = nn.Conv2d(vae.latent_channels, feature_width, 1, bias=False)
 
     def forward(self, x, noise, changes):
         """x (N, 3, H, W), noise (N, C, h, w) -> mean, logvar, latents (N, C, h, w), [images], projected latents."""
-        mean, logvar = self.vae.encode(x)
+        mean, logvar = self.encode(x)
         latents = sample_posterior(mean.float(), logvar.float(), noise)
-        made = [self.vae.decode(change(latents)).float() for change in changes]
+        made = [self.decode(change(latents)).float() for change in changes]
         return mean, logvar, latents, made, self.project(latents) if hasattr(self, "project") else None
 
 
@@ -417,7 +418,10 @@ def wrap(parts, args, processes):
         import torch._functorch.config
 
         torch._functorch.config.donated_buffer = False
-    parts.wrapped = processes.wrap(torch.compile(parts.one_pass) if args.compile else parts.one_pass)
+        varying = True if {"eq", "se"} & parts.terms else None  # views of many sizes: compiled once, for all of them
+        parts.one_pass.encode = torch.compile(parts.vae.encode, dynamic=varying)
+        parts.one_pass.decode = torch.compile(parts.vae.decode, dynamic=varying)
+    parts.wrapped = processes.wrap(parts.one_pass)
     parts.wrapped_discriminator = processes.wrap(parts.discriminator) if parts.discriminator else None
 
 
@@ -430,8 +434,7 @@ def train_step(args, parts, processes, images, step, share, micro, context, scal
     gan = bool(args.gan_weight) and step >= args.gan_start
     critic = gan and (step - args.gan_start) % 2 == 1
     small = side // parts.vae.factor
-    g = generator(args.seed, step, 1, device=images.device)
-    noise = torch.randn(args.batch, parts.vae.latent_channels, small, small, generator=g, device=images.device)[share]
+    noise = image_noise(args.seed, step, 7, share, (parts.vae.latent_channels, small, small), images.device)
     if parts.discriminator:
         parts.discriminator.requires_grad_(critic)
     for start in range(0, len(images), micro):
@@ -511,7 +514,7 @@ def main(args):
         parts.lpips = None  # a run goes on as it began
     if checkpoint and checkpoint["lpips"] and not parts.lpips:
         raise InputError(f"{folder} was begun with LPIPS; name its weights by --lpips-vgg FILE --lpips-heads FILE")
-    amp, dtype = autocast(args, device)
+    amp, dtype = autocast(args.amp, device)
     if args.benchmark:
         return benchmark_vae(args, images, parts, processes, (amp, dtype))
     optimizer, critic_optimizer = make_optimizer(parts.one_pass, args), None
@@ -569,10 +572,9 @@ def main(args):
         flops, peak = vae_flops(parts, args.size, device), matmul_rate(device, dtype) * processes.world
     wrap(parts, args, processes)
     log = Log(args, processes, store.count, step, flops, peak)
-    for _, pixels in store.batches(order, range(step, args.steps), share):
-        flip = (torch.rand(args.batch, generator=generator(args.seed, step, 2)) < 0.5)[share].to(device) & args.flip
-        x = pixels.to(device, non_blocking=True) / 127.5 - 1  # (N, 3, S, S)
-        x = torch.where(like(flip, x), x.flip(-1), x).contiguous(memory_format=layout(device))
+    batches = load(store.batches(order, range(step, args.steps), share), step, args, share, device)
+    for _, flip, pixels, _, _ in log.timed(prefetch(batches)):
+        x = mirrored(pixels, flip).contiguous(memory_format=layout(device))  # (N, 3, S, S)
         critic = train_step(args, parts, processes, x, step, share, micro, amp, scaler, log)
         trained = critic_optimizer if critic else optimizer
         for group in trained.param_groups:
@@ -762,7 +764,7 @@ def encode_data(args):
         "kind": "moments", "shape": [len(images), 2, 2 * vae.latent_channels, *2 * [size // vae.factor]], "scale": None,
         "factor": vae.factor, "autoencoder": info["weights"], "preset": info["config"].get("preset"), "vae": args.ckpt,
     }  # fmt: skip
-    amp = autocast(args, processes.device)[0]
+    amp = autocast(args.amp, processes.device)[0]
 
     def encode(x):
         views = (view.contiguous(memory_format=layout(x.device)) for view in (x, x.flip(-1)))

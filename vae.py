@@ -59,7 +59,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (layer(h).flatten(2).mT[:, None] for layer in (self.q, self.k, self.v))  # (N, 1, HW, C)
+        # contiguous: what the fast kernels of attention take
+        q, k, v = (layer(h).flatten(2).mT[:, None].contiguous() for layer in (self.q, self.k, self.v))  # (N, 1, HW, C)
         h = F.scaled_dot_product_attention(q, k, v)[:, 0].mT.unflatten(2, x.shape[-2:])  # (N, C, H, W)
         return x + self.proj_out(h)
 
