@@ -120,12 +120,18 @@ def _blurred_resampling(n, m, dtype, device):
         return F.interpolate(x, (m, n), mode="bicubic")[0, 0].to(device, dtype)
 
 
+def blurs(width):
+    """Whether the authors blur the image before they resize it to a latent: except where that is 32 wide [code]."""
+    return width != 32
+
+
 @in_float32
-def resize_to_latent(images, size, blur=True):
-    """Images (N, C, H, W) as ESM compares them with a latent: blurred by a zero-padded 7 x 7 Gaussian of sigma 1.2, then
-    bicubic without antialiasing -> (N, C, *size). Both are linear along each axis, so that two matrix products do both.
+def resize_to_latent(images, size, blur=None):
+    """Images (N, C, H, W) as ESM compares them with a latent: blurred by a zero-padded 7 x 7 Gaussian of sigma 1.2 (None:
+    where the authors do, see `blurs`), then bicubic without antialiasing -> (N, C, *size). Both are linear along each
+    axis, so that two matrix products do both.
     """
-    if not blur:
+    if not (blurs(size[-1]) if blur is None else blur):
         return F.interpolate(images, size, mode="bicubic")
     rows, cols = (_blurred_resampling(n, m, images.dtype, images.device) for n, m in zip(images.shape[-2:], size))
     return rows @ (images @ cols.mT)
@@ -145,12 +151,11 @@ def spectral_kl(target, shares):
 
 
 @in_float32
-def esm_loss(images, latents, delta=1.0, bins=BINS, blur=True):
+def esm_loss(images, latents, delta=1.0, bins=BINS, blur=None):
     """Encoding spectrum matching (section 3.2): KL(target || latent) between log spectra, mean over the batch.
 
     images (N, 3, H, W) in [-1, 1], latents (N, C, h, w) sampled from the posterior -> scalar. The target is the
-    spectrum of the image, resized to the latent, times f^delta. `blur` smooths the image first; the authors do so
-    except where the latent is 32 wide.
+    spectrum of the image, resized to the latent as in `resize_to_latent`, times f^delta.
     """
     target = log_shares(resize_to_latent(images, latents.shape[-2:], blur), delta=delta, bins=bins)
     return spectral_kl(target, log_shares(latents, bins=bins)).mean()
@@ -168,14 +173,20 @@ def low_pass_mask(k, block=DSM_BLOCK, device=None):
 
 
 def low_pass(x, k, block=DSM_BLOCK):
-    """Block DCT, `low_pass_mask`, inverse. (N, C, H, W) -> the same shape; raises ValueError where blocks do not fit."""
+    """Block DCT, `low_pass_mask`, inverse. (N, C, H, W) -> the same shape; for latents less than 16 wide see
+    `block_that_fits`. Raises ValueError where blocks do not fit.
+    """
     blocks = blockify(x.to(torch.promote_types(x.dtype, torch.float32)), block)
     return unblockify(idct2(dct2(blocks) * low_pass_mask(k, block, x.device)))
 
 
 def block_that_fits(height, width):
-    """The largest DSM block, of 8, 4 and 2, that divides a latent, or None."""
-    return next((block for block in (DSM_BLOCK, 4, 2) if height % block == width % block == 0), None)
+    """DSM's block for a latent: the largest of 8, 4 and 2 that divides it and is at most half its side, as in the authors'
+    latents (16 and 32 wide, blocks of 8), or None. A block as large as the latent would make the mask a low-pass of the
+    whole frame, and the latents far too smooth.
+    """
+    fits = (b for b in (DSM_BLOCK, 4, 2) if height % b == width % b == 0 and 2 * b <= min(height, width))
+    return next(fits, None)
 
 
 # ---- the special cases ------------------------------------------------------------------------------------

@@ -313,6 +313,18 @@ def test_esm_equals_its_steps_in_scipy():
             assert abs(ours / esm_by_scipy(images, latents, delta, blurred) - 1) < 1e-4
 
 
+def test_esm_blurs_where_the_authors_do():
+    for side in (16, 32, 64):  # `if h == 32` in their code leaves the blur out
+        images, latents = photos(1, 64), torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(side))
+        oracle = esm_by_scipy(images, latents, 1.0, side != 32)
+        assert abs(spectral_losses.esm_loss(images, latents).item() / oracle - 1) < 1e-4
+        for flag, blurred in (("", side != 32), ("--esm-blur", True), ("--no-esm-blur", False)):
+            args = train_vae.make_parser().parse_args(f"--size {4 * side} {flag}".split())
+            train_vae.complete(args)
+            terms = train_vae.regularizers(args, {"esm"}, images, None, None, latents)
+            assert abs(terms["esm"][1].item() / esm_by_scipy(images, latents, 1.0, blurred) - 1) < 1e-4
+
+
 def test_esm_is_zero_at_its_target_and_falls():
     images = photos(4, 64)
     small = F.interpolate(images, (16, 16), mode="bicubic")
@@ -343,8 +355,21 @@ def test_low_pass():
                 area[..., u + v >= 15 - k] = 0
                 oracle[..., i : i + block, j : j + block] = scipy.fft.idctn(area, axes=(-2, -1), norm="ortho")
         np.testing.assert_allclose(spectral_losses.low_pass(x, k, block).numpy(), oracle, atol=1e-12)
-    assert [spectral_losses.block_that_fits(*s) for s in ((16, 32), (12, 8), (6, 6))] == [8, 4, 2]
-    assert spectral_losses.block_that_fits(8, 1) is None
+
+
+def test_blocks_of_dsm_are_at_most_half_a_latent():
+    """The mask of an 8 x 8 latent must not be a low-pass of its whole frame: two blocks a side, or more."""
+    fits = {(16, 16): 8, (32, 32): 8, (64, 64): 8, (16, 32): 8, (24, 24): 8, (8, 8): 4, (4, 4): 2,  # METHOD, section 6
+            (12, 8): 4, (20, 20): 4, (8, 32): 4, (6, 6): 2, (2, 2): None, (3, 3): None, (8, 1): None, (7, 16): None}  # fmt: skip
+    assert {side: spectral_losses.block_that_fits(*side) for side in fits} == fits
+    for side in (4, 8, 16):  # a step's mask does nothing across the blocks: what is added in one stays in it
+        mask = next(v[0][0] for v in (train_vae.draw_views({"dsm"}, 0, 0, s, side, 4)[1] for s in range(20)) if
+                    not torch.equal(v[0][0](torch.eye(side)[None, None]), torch.eye(side)[None, None]))  # fmt: skip
+        x = torch.zeros(1, 1, side, side)
+        x[..., : side // 2, : side // 2] = torch.randn(side // 2, side // 2)
+        outside = torch.ones(side, side, dtype=torch.bool)
+        outside[: side // 2, : side // 2] = False
+        assert mask(x).abs().sum() > 0 and mask(x)[..., outside].abs().max() < 1e-6
 
 
 def test_kl_equals_torch_distributions():
@@ -2110,7 +2135,8 @@ def test_bad_input_of_autoencoders(autoencoders, trained, data, lpips_files, tmp
     refused("--regularizer blur", "--regularizer blur")
     refused("--regularizer none.kl", "--regularizer none+kl")
     refused("choose one", "--regularizer eq+dsm")
-    refused("--size 12: a latent of 3x3 is no multiple of 2", "--regularizer dsm --size 12")
+    refused("--size 12: DSM's blocks .* divide it, which is 3x3", "--regularizer dsm --size 12")
+    refused("--size 16: DSM's blocks .* half as wide as the latent .* 2x2", "--regularizer dsm --size 16 --preset f8d4")
     refused("--size 8: must be at least 11", "--regularizer none --size 8")
     refused("--size 16: nothing smaller", "--regularizer eq")
     refused("cannot be halved", "--regularizer se")

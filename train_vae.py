@@ -29,8 +29,8 @@ from repa import as_map
 from sample import (Images, InputError, crop_text, fingerprint, frechet_distance, generator, like, load_autoencoder,
                     load_features, load_weights, progress, record_score, run_folder, run_program, save_grid, short_name,
                     to_uint8, write_atomically)  # fmt: skip
-from spectral_losses import (BINS, DSM_KEEP_ALL, DSM_LEVELS, block_that_fits, downscale, esm_loss, kl_loss, log_shares,
-                             low_pass, power_law_exponent, resize_to_latent, scale_and_rotate, spectral_kl,
+from spectral_losses import (BINS, DSM_KEEP_ALL, DSM_LEVELS, block_that_fits, blurs, downscale, esm_loss, kl_loss,
+                             log_shares, low_pass, power_law_exponent, resize_to_latent, scale_and_rotate, spectral_kl,
                              vf_loss)  # fmt: skip
 from train_diffusion import (SCALE_IMAGES, Cache, DataOrder, LatentStatistics, Log, Processes, add_training_flags,
                              autocast, benchmark, check_ranges, count_flops, fill_cache, image_header, learning_rate,
@@ -242,7 +242,7 @@ def measure(vae, batches, device, seed=0, lpips=None, features=None, shown=SHOWN
             kept["original"].append(features(pixels).float().cpu())
             kept["reconstruction"].append(features(to_uint8(made)).float().cpu())
         z = sample_posterior(mean, logvar, torch.randn(mean.shape, generator=noise).to(device))
-        small = resize_to_latent(x, z.shape[-2:], blurs(z.shape[-1]))
+        small = resize_to_latent(x, z.shape[-2:])
         for name, field in (("image", small), ("latent", z)):
             add(f"{name}_shares", log_shares(field))
             add(f"{name}_alpha", power_law_exponent(field).expand(len(x)))
@@ -369,8 +369,8 @@ def complete(args):
     if args.esm_blur is None:
         args.esm_blur = blurs(latent)
     if "dsm" in terms and not block_that_fits(latent, latent):
-        raise InputError(f"--regularizer {args.regularizer} at --size {args.size}: a latent of {latent}x{latent} is no "
-                         "multiple of 2: DSM works in blocks of 8, 4 or 2; --size 64 does")  # fmt: skip
+        raise InputError(f"--regularizer {args.regularizer} at --size {args.size}: DSM's blocks of 8, 4 or 2 are at most half "
+                         f"as wide as the latent and divide it, which is {latent}x{latent} here; --size 64 does")  # fmt: skip
     if "eq" in terms and latent <= least_latent(latent, factor):
         raise InputError(f"--regularizer eq at --size {args.size}: nothing smaller to scale to; --size 64 does")
     if "se" in terms and (latent % 2 or args.size < 2 * LEAST_SIDE):
@@ -383,10 +383,6 @@ def complete(args):
                          f"{PatchGAN().least_size}; a larger --size, or --gan-weight 0")  # fmt: skip
     if args.out is None:
         args.out = f"runs/{short_name(args.data)}-{args.size}-{args.preset}-{args.regularizer}"
-
-
-def blurs(latent):
-    return latent != 32  # where the authors blur the image before they resize it to the latent [code]
 
 
 # ---- training ---------------------------------------------------------------------------------------------
@@ -611,7 +607,7 @@ def describe(args, parts, side):
     known = {
         "kl": f"{args.kl_weight:g} KL",
         "esm": f"{args.esm_weight:g} ESM (delta {args.esm_delta:g}, {'' if args.esm_blur else 'not '}blurred)",
-        "dsm": f"DSM in blocks of {block_that_fits(side, side)}",
+        "dsm": f"DSM in blocks of {block_that_fits(side, side)} ({side} x {side} latents)",
         "eq": "EQ-VAE",
         "se": f"{args.se_weight:g} scale equivariance",
         "vf": f"{args.vf_weight:g} adaptive VF ({args.encoder})",
