@@ -56,6 +56,14 @@ def radial_bands(height, width, bins=BINS, device=None):
         return (bins * radius / radius[-1, -1].clamp_min(1)).floor().long().clamp_max(bins - 1)
 
 
+def bands_in_use(height, width, bins=BINS):
+    """The bands that hold a coefficient besides DC -> list of 0..bins-1; of fields less than 13 wide not all do: the first
+    of an 8 x 8 field holds DC alone.
+    """
+    cells = _cells(height, width, bins, None).tolist()
+    return [band for band in range(bins) if cells[band] > (band == 0)]
+
+
 @functools.lru_cache(maxsize=64)
 def _cells(height, width, bins, device):
     """How many coefficients each band has (bins,); cached, since counting waits for the device."""
@@ -77,6 +85,12 @@ def psd(x, bins=BINS):
     """
     total, cells = _band_sums(dct2(x - x.mean((-2, -1), keepdim=True)).square().mean(1), bins)
     return total / cells.clamp_min(1)
+
+
+@in_float32
+def variance_of(power, height, width):
+    """Variance of fields of height x width about their mean, mean over channels, from their `psd` (N, bins) -> (N,)"""
+    return power @ _cells(height, width, power.shape[1], power.device).to(power.dtype) / (height * width)  # Parseval
 
 
 @in_float32
@@ -138,15 +152,24 @@ def resize_to_latent(images, size, blur=None):
 
 
 @in_float32
-def log_shares(x, delta=0.0, bins=BINS):
-    """s = log(1 + 1e-8 + PSD(f) f^delta), f = 1..bins, divided by its sum (section 3.2). (N, C, H, W) -> (N, bins)"""
-    f = torch.arange(1, bins + 1, dtype=x.dtype, device=x.device)
-    s = torch.log(1 + 1e-8 + psd(x, bins) * f**delta)
+def target_power(power, delta=1.0):
+    """The spectrum latents should have: that of images S (N, bins) times f^delta, f = 1..bins (section 3.2)."""
+    return power * torch.arange(1, power.shape[1] + 1, dtype=power.dtype, device=power.device) ** delta
+
+
+@in_float32
+def log_shares(power):
+    """s = log(1 + 1e-8 + S) of spectra S (N, bins), as `psd` gives them, divided by its sum (section 3.2) -> (N, bins).
+    Not free of scale: s is as steep as S where S is small, and the flatter the larger S is.
+    """
+    s = torch.log(1 + 1e-8 + power)
     return s / s.sum(1, keepdim=True).clamp_min(1e-12)
 
 
 def spectral_kl(target, shares):
-    """KL(target || shares) of two normalised spectra (N, bins) -> (N,)"""
+    """KL(target || shares) of two normalised spectra (N, bins) -> (N,). The paper's published numbers are of mean spectra:
+    shares averaged over the images first.
+    """
     return (torch.xlogy(target, target) - target * shares.clamp_min(1e-12).log()).sum(1)
 
 
@@ -157,8 +180,8 @@ def esm_loss(images, latents, delta=1.0, bins=BINS, blur=None):
     images (N, 3, H, W) in [-1, 1], latents (N, C, h, w) sampled from the posterior -> scalar. The target is the
     spectrum of the image, resized to the latent as in `resize_to_latent`, times f^delta.
     """
-    target = log_shares(resize_to_latent(images, latents.shape[-2:], blur), delta=delta, bins=bins)
-    return spectral_kl(target, log_shares(latents, bins=bins)).mean()
+    target = target_power(psd(resize_to_latent(images, latents.shape[-2:], blur), bins), delta)
+    return spectral_kl(log_shares(target), log_shares(psd(latents, bins))).mean()
 
 
 # ---- decoding spectrum matching ---------------------------------------------------------------------------
