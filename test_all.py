@@ -2234,7 +2234,7 @@ def test_bad_input_of_autoencoders(autoencoders, trained, data, lpips_files, tmp
     refused("--regularizer none.kl", "--regularizer none+kl")
     refused("choose one", "--regularizer eq+dsm")
     refused("--size 12: DSM's blocks .* divide it, which is 3x3", "--regularizer dsm --size 12")
-    refused("--size 16: DSM's blocks .* half as wide as the latent .* 2x2", "--regularizer dsm --size 16 --preset f8d4")
+    refused("--size 16: DSM's blocks .* half as wide as the latent .* 2x2 .*--size 128 does", "--regularizer dsm --size 16 --preset f8d4")
     refused("--size 8: must be at least 11", "--regularizer none --size 8")
     refused("--size 16: nothing smaller", "--regularizer eq")
     refused("cannot be halved", "--regularizer se")
