@@ -56,6 +56,14 @@ def radial_bands(height, width, bins=BINS, device=None):
         return (bins * radius / radius[-1, -1].clamp_min(1)).floor().long().clamp_max(bins - 1)
 
 
+def bands_in_use(height, width, bins=BINS):
+    """The bands that hold a coefficient besides DC -> list of 0..bins-1; of fields less than 13 wide not all do: the first
+    of an 8 x 8 field holds DC alone.
+    """
+    cells = _cells(height, width, bins, None).tolist()
+    return [band for band in range(bins) if cells[band] > (band == 0)]
+
+
 @functools.lru_cache(maxsize=64)
 def _cells(height, width, bins, device):
     """How many coefficients each band has (bins,); cached, since counting waits for the device."""
@@ -77,6 +85,12 @@ def psd(x, bins=BINS):
     """
     total, cells = _band_sums(dct2(x - x.mean((-2, -1), keepdim=True)).square().mean(1), bins)
     return total / cells.clamp_min(1)
+
+
+@in_float32
+def variance_of(power, height, width):
+    """Variance of fields of height x width about their mean, mean over channels, from their `psd` (N, bins) -> (N,)"""
+    return power @ _cells(height, width, power.shape[1], power.device).to(power.dtype) / (height * width)  # Parseval
 
 
 @in_float32
@@ -120,40 +134,54 @@ def _blurred_resampling(n, m, dtype, device):
         return F.interpolate(x, (m, n), mode="bicubic")[0, 0].to(device, dtype)
 
 
+def blurs(width):
+    """Whether the authors blur the image before they resize it to a latent: except where that is 32 wide [code]."""
+    return width != 32
+
+
 @in_float32
-def resize_to_latent(images, size, blur=True):
-    """Images (N, C, H, W) as ESM compares them with a latent: blurred by a zero-padded 7 x 7 Gaussian of sigma 1.2, then
-    bicubic without antialiasing -> (N, C, *size). Both are linear along each axis, so that two matrix products do both.
+def resize_to_latent(images, size, blur=None):
+    """Images (N, C, H, W) as ESM compares them with a latent: blurred by a zero-padded 7 x 7 Gaussian of sigma 1.2 (None:
+    where the authors do, see `blurs`), then bicubic without antialiasing -> (N, C, *size). Both are linear along each
+    axis, so that two matrix products do both.
     """
-    if not blur:
+    if not (blurs(size[-1]) if blur is None else blur):
         return F.interpolate(images, size, mode="bicubic")
     rows, cols = (_blurred_resampling(n, m, images.dtype, images.device) for n, m in zip(images.shape[-2:], size))
     return rows @ (images @ cols.mT)
 
 
 @in_float32
-def log_shares(x, delta=0.0, bins=BINS):
-    """s = log(1 + 1e-8 + PSD(f) f^delta), f = 1..bins, divided by its sum (section 3.2). (N, C, H, W) -> (N, bins)"""
-    f = torch.arange(1, bins + 1, dtype=x.dtype, device=x.device)
-    s = torch.log(1 + 1e-8 + psd(x, bins) * f**delta)
+def target_power(power, delta=1.0):
+    """The spectrum latents should have: that of images S (N, bins) times f^delta, f = 1..bins (section 3.2)."""
+    return power * torch.arange(1, power.shape[1] + 1, dtype=power.dtype, device=power.device) ** delta
+
+
+@in_float32
+def log_shares(power):
+    """s = log(1 + 1e-8 + S) of spectra S (N, bins), as `psd` gives them, divided by its sum (section 3.2) -> (N, bins).
+    Not free of scale: s is as steep as S where S is small, and the flatter the larger S is.
+    """
+    s = torch.log(1 + 1e-8 + power)
     return s / s.sum(1, keepdim=True).clamp_min(1e-12)
 
 
 def spectral_kl(target, shares):
-    """KL(target || shares) of two normalised spectra (N, bins) -> (N,)"""
+    """KL(target || shares) of two normalised spectra (N, bins) -> (N,). The paper's published numbers are of mean spectra:
+    shares averaged over the images first.
+    """
     return (torch.xlogy(target, target) - target * shares.clamp_min(1e-12).log()).sum(1)
 
 
 @in_float32
-def esm_loss(images, latents, delta=1.0, bins=BINS, blur=True):
+def esm_loss(images, latents, delta=1.0, bins=BINS, blur=None):
     """Encoding spectrum matching (section 3.2): KL(target || latent) between log spectra, mean over the batch.
 
     images (N, 3, H, W) in [-1, 1], latents (N, C, h, w) sampled from the posterior -> scalar. The target is the
-    spectrum of the image, resized to the latent, times f^delta. `blur` smooths the image first; the authors do so
-    except where the latent is 32 wide.
+    spectrum of the image, resized to the latent as in `resize_to_latent`, times f^delta.
     """
-    target = log_shares(resize_to_latent(images, latents.shape[-2:], blur), delta=delta, bins=bins)
-    return spectral_kl(target, log_shares(latents, bins=bins)).mean()
+    target = target_power(psd(resize_to_latent(images, latents.shape[-2:], blur), bins), delta)
+    return spectral_kl(log_shares(target), log_shares(psd(latents, bins))).mean()
 
 
 # ---- decoding spectrum matching ---------------------------------------------------------------------------
@@ -168,14 +196,20 @@ def low_pass_mask(k, block=DSM_BLOCK, device=None):
 
 
 def low_pass(x, k, block=DSM_BLOCK):
-    """Block DCT, `low_pass_mask`, inverse. (N, C, H, W) -> the same shape; raises ValueError where blocks do not fit."""
+    """Block DCT, `low_pass_mask`, inverse. (N, C, H, W) -> the same shape; for latents less than 16 wide see
+    `block_that_fits`. Raises ValueError where blocks do not fit.
+    """
     blocks = blockify(x.to(torch.promote_types(x.dtype, torch.float32)), block)
     return unblockify(idct2(dct2(blocks) * low_pass_mask(k, block, x.device)))
 
 
 def block_that_fits(height, width):
-    """The largest DSM block, of 8, 4 and 2, that divides a latent, or None."""
-    return next((block for block in (DSM_BLOCK, 4, 2) if height % block == width % block == 0), None)
+    """DSM's block for a latent: the largest of 8, 4 and 2 that divides it and is at most half its side, as in the authors'
+    latents (16 and 32 wide, blocks of 8), or None. A block as large as the latent would make the mask a low-pass of the
+    whole frame, and the latents far too smooth.
+    """
+    fits = (b for b in (DSM_BLOCK, 4, 2) if height % b == width % b == 0 and 2 * b <= min(height, width))
+    return next(fits, None)
 
 
 # ---- the special cases ------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import time
 import urllib.error
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -284,13 +285,16 @@ def test_power_law_exponent_is_recovered(alpha):
     assert abs(spectral_losses.power_law_exponent(7 * power_law(64, 4, 32, alpha).float() + 3) - alpha) < 0.05
 
 
+def esm_blur(images):
+    """The image that ESM resizes: a zero-padded 7 x 7 Gaussian of sigma 1.2. (N, C, H, W) -> float64"""
+    sigma, radius = (0, 0, 1.2, 1.2), (0, 0, 3, 3)
+    return scipy.ndimage.gaussian_filter(images.double().numpy(), sigma, mode="constant", radius=radius)
+
+
 def esm_by_scipy(images, latents, delta, blurred):
     """ESM from its steps, a picture at a time, with scipy's blur and DCT."""
     found = []
-    for image, latent in zip(images.double(), latents.double()):
-        if blurred:  # a zero-padded 7 x 7 Gaussian
-            image = scipy.ndimage.gaussian_filter(image.numpy(), (0, 1.2, 1.2), mode="constant", radius=(0, 3, 3))
-            image = torch.from_numpy(image)
+    for image, latent in zip(torch.from_numpy(esm_blur(images)) if blurred else images.double(), latents.double()):
         small = F.interpolate(image[None], latent.shape[-2:], mode="bicubic")[0]
         shares = []
         for field, power in ((small, delta), (latent, 0)):
@@ -311,6 +315,18 @@ def test_esm_equals_its_steps_in_scipy():
         for blurred in (False, True):
             ours = spectral_losses.esm_loss(images, latents, delta, blur=blurred).item()
             assert abs(ours / esm_by_scipy(images, latents, delta, blurred) - 1) < 1e-4
+
+
+def test_esm_blurs_where_the_authors_do():
+    for side in (16, 32, 64):  # `if h == 32` in their code leaves the blur out
+        images, latents = photos(1, 64), torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(side))
+        oracle = esm_by_scipy(images, latents, 1.0, side != 32)
+        assert abs(spectral_losses.esm_loss(images, latents).item() / oracle - 1) < 1e-4
+        for flag, blurred in (("", side != 32), ("--esm-blur", True), ("--no-esm-blur", False)):
+            args = train_vae.make_parser().parse_args(f"--size {4 * side} {flag}".split())
+            train_vae.complete(args)
+            terms = train_vae.regularizers(args, {"esm"}, images, None, None, latents)
+            assert abs(terms["esm"][1].item() / esm_by_scipy(images, latents, 1.0, blurred) - 1) < 1e-4
 
 
 def test_esm_is_zero_at_its_target_and_falls():
@@ -343,8 +359,21 @@ def test_low_pass():
                 area[..., u + v >= 15 - k] = 0
                 oracle[..., i : i + block, j : j + block] = scipy.fft.idctn(area, axes=(-2, -1), norm="ortho")
         np.testing.assert_allclose(spectral_losses.low_pass(x, k, block).numpy(), oracle, atol=1e-12)
-    assert [spectral_losses.block_that_fits(*s) for s in ((16, 32), (12, 8), (6, 6))] == [8, 4, 2]
-    assert spectral_losses.block_that_fits(8, 1) is None
+
+
+def test_blocks_of_dsm_are_at_most_half_a_latent():
+    """The mask of an 8 x 8 latent must not be a low-pass of its whole frame: two blocks a side, or more."""
+    fits = {(16, 16): 8, (32, 32): 8, (64, 64): 8, (16, 32): 8, (24, 24): 8, (8, 8): 4, (4, 4): 2,  # METHOD, section 6
+            (12, 8): 4, (20, 20): 4, (8, 32): 4, (6, 6): 2, (2, 2): None, (3, 3): None, (8, 1): None, (7, 16): None}  # fmt: skip
+    assert {side: spectral_losses.block_that_fits(*side) for side in fits} == fits
+    for side in (4, 8, 16):  # a step's mask does nothing across the blocks: what is added in one stays in it
+        mask = next(v[0][0] for v in (train_vae.draw_views({"dsm"}, 0, 0, s, side, 4)[1] for s in range(20)) if
+                    not torch.equal(v[0][0](torch.eye(side)[None, None]), torch.eye(side)[None, None]))  # fmt: skip
+        x = torch.zeros(1, 1, side, side)
+        x[..., : side // 2, : side // 2] = torch.randn(side // 2, side // 2)
+        outside = torch.ones(side, side, dtype=torch.bool)
+        outside[: side // 2, : side // 2] = False
+        assert mask(x).abs().sum() > 0 and mask(x)[..., outside].abs().max() < 1e-6
 
 
 def test_kl_equals_torch_distributions():
@@ -1894,8 +1923,10 @@ def test_training_an_autoencoder_lowers_its_losses(data, hub, tmp_path, name):
     assert all(line["grad_norm"] > 0 and line["skipped_steps"] == 0 for line in lines)
     (entry,) = metrics(run, "evaluation")
     result = entry["evaluation"]
-    assert result["psnr"] > 12 and result["images"] == 4 and len(result["latent_shares"]) == 16
-    assert abs(sum(result["latent_shares"]) - 1) < 1e-6 and result["kl_to_target"] > 0
+    assert result["psnr"] > 12 and result["images"] == 4
+    for scale in ("raw", "unit_std"):
+        assert len(result[scale]["latent_shares"]) == len(result["bands"]) == {32: 15, 16: 8}[size]
+        assert abs(sum(result[scale]["latent_shares"]) - 1) < 1e-6 and result[scale]["kl_of_mean_spectra"] > 0
     latent = checkpoint(run)["latent"]
     assert abs(latent["scale"] * latent["std"] - 1) < 1e-9 and len(latent["mean"]) == 4
     picture = Image.open(run / "samples" / "step0000040.png")
@@ -1998,21 +2029,26 @@ def test_spectrum_report_and_evaluation(autoencoders, data, hub, tmp_path, capsy
     results = json.loads((tmp_path / "s" / "spectrum.json").read_text())
     again = f"{autoencoders}/kl"
     assert list(results) == ["kl", "dsm", again] and results["kl"] == results[again]
-    assert f"{results['kl']['kl_to_target']:.4f}" in out and "kl: latents" in out and "4 x 4 latents" in out
+    for scale in ("raw", "unit_std"):
+        assert f"{results['kl'][scale]['kl_of_mean_spectra']:.4f}" in out
+    assert "kl: latents" in out and "4 x 4 latents" in out
     table = out[out.index("share of log power") :].splitlines()[1:24]
     assert len({len(line) for line in table}) == 1
-    # the image's and the target's shares, from the definition
-    x = load_all(few).float() / 127.5 - 1
-    small = spectral_losses.resize_to_latent(x, (4, 4))
-    for name, delta in (("image", 0), ("target", 1)):
-        oracle = spectral_losses.log_shares(small, delta).mean(0)
-        np.testing.assert_allclose(results["kl"][f"{name}_shares"], oracle.numpy(), atol=1e-6)
+    assert [line.split()[0] for line in table[1:9]] == ["4", "6", "8", "9", "11", "12", "14", "16"]  # no other holds any
+    small = F.interpolate(torch.from_numpy(esm_blur(load_all(few) / 127.5 - 1)), (4, 4), mode="bicubic")
     assert abs(results["kl"]["image_alpha"] - spectral_losses.power_law_exponent(small)) < 1e-4
-    gap = sum(results["kl"]["latent_shares"][8:]) - sum(results["kl"]["target_shares"][8:])
-    assert abs(results["kl"]["upper_share"] - gap) < 1e-9
-    assert train_vae.verdict({"upper_share": 0.2}).startswith("too noisy")
-    assert train_vae.verdict({"upper_share": -0.2}).startswith("too smooth")
-    assert train_vae.verdict({"upper_share": 0.01}).startswith("matched")
+    # a run that ESM trained is judged against its own target, in a table of its own
+    autoencode(f"--data {data} --out {tmp_path}/flat --steps 1 --regularizer esm+kl --esm-delta 0.5")
+    autoencode(f"--data {data} --out {tmp_path}/other --steps 1 --regularizer kl --esm-delta 0.5")
+    assert metrics(tmp_path / "flat", "evaluation")[0]["evaluation"]["delta"] == 0.5
+    capsys.readouterr()
+    looking(f"--spectrum {tmp_path}/flat {autoencoders}/kl {tmp_path}/other --data {few} --out {tmp_path}/t")
+    out = capsys.readouterr().out
+    mixed = json.loads((tmp_path / "t" / "spectrum.json").read_text())
+    assert [mixed[name]["delta"] for name in ("flat", "kl", "other")] == [0.5, 1, 1] and mixed["kl"] == results["kl"]
+    assert mixed["flat"]["target_alpha"] > mixed["kl"]["target_alpha"] == mixed["other"]["target_alpha"]
+    tables = out.split("share of log power per band")[1:]
+    assert len(tables) == 2 and "f^0.5" in tables[0] and "flat" in tables[0] and "kl   other" in tables[1]
     looking(f"--eval-only --ckpt {autoencoders}/kl --data {few} --features {hub}:colours --batch 2")
     out = capsys.readouterr().out
     assert "rFID" in out and "LPIPS is off" in out and "--lpips-vgg" in out and "PSNR" in out
@@ -2023,6 +2059,93 @@ def test_spectrum_report_and_evaluation(autoencoders, data, hub, tmp_path, capsy
     assert numbers["rfid"] == line["frechet_distance"] and abs(numbers["psnr"] - results["kl"]["psnr"]) < 1e-6
     looking(f"--eval-only --ckpt {autoencoders}/kl --data {few}")
     assert "rFID is off; --features inception" in capsys.readouterr().out
+
+
+def tilted(small, power, std=None):
+    """Fields (N, C, n, n), their spectrum times f^power, f the band's number 1..16, without DC; scaled to std."""
+    r = np.hypot(*np.mgrid[: small.shape[-2], : small.shape[-1]])
+    f = np.minimum(np.floor(16 * r / r.max()), 15) + 1
+    field = scipy.fft.dctn(small, axes=(-2, -1), norm="ortho") * f ** (power / 2) * (r > 0)
+    field = scipy.fft.idctn(field, axes=(-2, -1), norm="ortho")
+    return torch.from_numpy(field * (std / np.sqrt((field**2).mean()) if std else 1))
+
+
+def judged(small, latents, images, side, delta=1.0):
+    """`measure` of an autoencoder that makes these latents of the images, whatever it is given."""
+    net = SimpleNamespace(encode=lambda x: (latents.float(), torch.full_like(latents, -40).float()),
+                          decode=lambda z: F.interpolate(z, images.shape[-2:]))  # fmt: skip
+    return train_vae.measure(net, [images], torch.device("cpu"), delta=delta)[0]
+
+
+@pytest.mark.parametrize(("side", "delta"), [(16, 1.0), (16, 0.5), (8, 1.0), (4, 1.0)])
+def test_verdict_on_a_spectrum_does_not_depend_on_scale(side, delta):
+    """Latents of exactly the target's spectrum are matched, flatter ones too noisy, steeper ones too smooth, at any std."""
+    images = sample.to_uint8(0.7 * power_law(8, 3, 4 * side, 2))
+    small = F.interpolate(torch.from_numpy(esm_blur(images / 127.5 - 1)), (side, side), mode="bicubic").numpy()
+    raw = []
+    for std in (0.5, 1.5, 6):
+        result = judged(small, tilted(small, delta, std), images, side, delta)
+        assert train_vae.verdict(result).startswith("matched at unit std (+0.000") or "(-0.000" in train_vae.verdict(result)
+        assert all(abs(result["unit_std"][key]) < 1e-5 for key in ("kl_of_mean_spectra", "mean_of_kls_per_image"))
+        assert abs(result["latent_alpha"] - result["target_alpha"]) < 1e-3
+        assert abs(result["spatial_std"]["latent"] / std - 1) < 1e-4
+        raw.append(result["raw"]["upper_share"])
+        for tilt, word in ((1.2, "too noisy"), (-1.2, "too smooth")):
+            result = judged(small, tilted(small, delta + tilt, std), images, side, delta)
+            assert train_vae.verdict(result).startswith(word)
+    assert raw[0] < raw[1] < raw[2]
+
+
+@pytest.mark.parametrize("side", [16, 8, 6, 4])
+def test_spectrum_report_by_loops(side):
+    """Both KLs at both scales, a picture and a band at a time, of fields that are tilted and scaled themselves."""
+    rng, delta, bands = np.random.default_rng(side), 0.7, {}
+    small = tilted(rng.standard_normal((5, 3, side, side)), -2, 0.4).numpy() * (rng.random((5, 1, 1, 1)) + 0.5)
+    latents = 3 * rng.standard_normal((5, 4, side, side)) + 1
+    spectra = (psd(torch.from_numpy(fields)) for fields in (small, latents))
+    ours = train_vae.compare_with_target(*spectra, side, side, delta)
+    for u, v in np.ndindex(side, side):
+        bands.setdefault(min(15, int(16 * np.hypot(u, v) / np.hypot(side - 1, side - 1))), []).append((u, v))
+    used = sorted(band for band, cells in bands.items() if cells != [(0, 0)])
+    assert ours["bands"] == [band + 1 for band in used] and (0 in used) == (side == 16)
+    for scale, std in (("raw", None), ("unit_std", 1)):
+        shares = {}
+        for name, fields in (("image", tilted(small, 0, std)), ("target", tilted(small, delta, std)),
+                             ("latent", tilted(latents, 0, std))):  # fmt: skip
+            power = (scipy.fft.dctn(fields.numpy(), axes=(-2, -1), norm="ortho") ** 2).mean(1)
+            s = [[np.log1p(np.mean([one[cell] for cell in bands[band]])) for band in used] for one in power]
+            shares[name] = np.array([row / np.sum(row) for row in s])
+            np.testing.assert_allclose(ours[scale][f"{name}_shares"], shares[name].mean(0), rtol=1e-5, atol=1e-7)
+        kl = lambda p, q: sum(a * np.log(a / b) for a, b in zip(p, q))  # noqa: E731
+        means, each = [kl(shares["target"].mean(0), shares["latent"].mean(0))], []
+        for target, latent in zip(shares["target"], shares["latent"]):
+            each.append(kl(target, latent))
+        assert abs(ours[scale]["kl_of_mean_spectra"] / means[0] - 1) < 1e-4
+        assert abs(ours[scale]["mean_of_kls_per_image"] / np.mean(each) - 1) < 1e-4 and np.mean(each) > 1.001 * means[0]
+        gap = sum((shares["latent"] - shares["target"]).mean(0)[i] for i, band in enumerate(used) if band >= 8)
+        assert abs(ours[scale]["upper_share"] - gap) < 1e-5
+
+
+def test_kl_of_mean_spectra_is_the_papers():
+    """The published KLs from the published mean spectra (CelebA-HQ 256), here of pictures that differ from their mean."""
+    published = {
+        "target": "1961 1560 1099 0977 0677 0617 0472 0404 0358 0340 0313 0278 0266 0238 0229 0212",
+        "SD-VAE": "1671 1312 0833 0710 0587 0538 0513 0476 0460 0455 0438 0419 0408 0398 0393 0389",
+        "ESM": "1658 1483 1130 0985 0754 0652 0531 0446 0387 0363 0329 0295 0260 0249 0246 0233",
+    }  # fmt: skip
+    shares = {name: torch.tensor([int(v) / 1e4 for v in row.split()]).double() for name, row in published.items()}
+    shares = {name: share / share.sum() for name, share in shares.items()}
+    wave = torch.sin(torch.arange(16).double())
+    for name, kl in (("SD-VAE", 0.0379), ("ESM", 0.0044)):
+        assert abs(spectral_losses.spectral_kl(shares["target"][None], shares[name][None]).item() - kl) < 1e-4
+        power = {}
+        for side, sign in (("target", 1), (name, -1)):  # spectra S whose log(1 + S) has these shares, in the mean
+            apart = sign * 0.01 * (wave - wave.mean())
+            power[side] = torch.expm1(12 * torch.stack((shares[side] + apart, shares[side] - apart)))
+        image = power["target"] / torch.arange(1, 17)
+        raw = train_vae.compare_with_target(image, power[name], 16, 16)["raw"]
+        np.testing.assert_allclose(raw["target_shares"], shares["target"].numpy(), atol=1e-6)
+        assert abs(raw["kl_of_mean_spectra"] - kl) < 1e-4 < 1e-3 < raw["mean_of_kls_per_image"] - kl
 
 
 def test_figure_is_drawn_where_matplotlib_is(autoencoders, data, tmp_path, capsys, monkeypatch):
@@ -2110,7 +2233,8 @@ def test_bad_input_of_autoencoders(autoencoders, trained, data, lpips_files, tmp
     refused("--regularizer blur", "--regularizer blur")
     refused("--regularizer none.kl", "--regularizer none+kl")
     refused("choose one", "--regularizer eq+dsm")
-    refused("--size 12: a latent of 3x3 is no multiple of 2", "--regularizer dsm --size 12")
+    refused("--size 12: DSM's blocks .* divide it, which is 3x3", "--regularizer dsm --size 12")
+    refused("--size 16: DSM's blocks .* half as wide as the latent .* 2x2 .*--size 128 does", "--regularizer dsm --size 16 --preset f8d4")
     refused("--size 8: must be at least 11", "--regularizer none --size 8")
     refused("--size 16: nothing smaller", "--regularizer eq")
     refused("cannot be halved", "--regularizer se")

@@ -29,9 +29,9 @@ from repa import as_map
 from sample import (Images, InputError, autocast, crop_text, fingerprint, frechet_distance, generator, load_autoencoder,
                     load_features, load_weights, progress, record_score, run_folder, run_program, save_grid, short_name,
                     to_uint8, write_atomically)  # fmt: skip
-from spectral_losses import (BINS, DSM_KEEP_ALL, DSM_LEVELS, block_that_fits, downscale, esm_loss, kl_loss, log_shares,
-                             low_pass, power_law_exponent, resize_to_latent, scale_and_rotate, spectral_kl,
-                             vf_loss)  # fmt: skip
+from spectral_losses import (BINS, DSM_KEEP_ALL, DSM_LEVELS, bands_in_use, block_that_fits, blurs, downscale, esm_loss,
+                             kl_loss, log_shares, low_pass, power_law_exponent, psd, resize_to_latent, scale_and_rotate,
+                             spectral_kl, target_power, variance_of, vf_loss)  # fmt: skip
 from train_diffusion import (SCALE_IMAGES, Cache, DataOrder, LatentStatistics, Log, Processes, add_training_flags,
                              benchmark, check_ranges, count_flops, fill_cache, image_header, image_noise, learning_rate,
                              load, make_optimizer, make_scaler, matmul_rate, mirrored, open_encoder, open_images,
@@ -176,7 +176,7 @@ def discriminator_loss(parts, images, noise, views, log):
 
 EVAL_IMAGES = 1000  # looked at by an evaluation during training
 SCALE_LIMIT = 50_000  # images whose latents give the scale of a latent cache
-MATCHED = 0.05  # difference from the target in the upper half of the bands within which a latent counts as matched
+MATCHED = 0.05  # difference from the target in the upper half of the bands, at unit std, up to which a latent is matched
 SSIM_WINDOW, SHOWN = 11, 8  # pixels; pictures in a row
 
 
@@ -216,14 +216,49 @@ def some_images(images, count, batch, workers, bar="evaluate"):
             shown.update(len(good))
 
 
+def target_delta(flags):
+    """The delta of the target that a run of these flags is judged against (None: published weights): its own where ESM
+    trained it, else the paper's 1.
+    """
+    return flags["esm_delta"] if flags and "esm" in parse_regularizer(flags["regularizer"]) else 1.0
+
+
+def compare_with_target(image, latent, height, width, delta=1.0):
+    """Spectra of latents beside the target's, image x f^delta. image, latent (N, BINS): `psd` of every image, resized to
+    the latent of height x width, and of every latent -> dict of plain values.
+
+    "raw" is as ESM sees them; at "unit_std" latents, target and image are brought to std 1 over the data set (about each
+    field's mean) before the logarithm, which is not free of scale. Each holds mean shares of log power of the `bands`
+    that have coefficients; the KL of those mean spectra, which is what the paper publishes, and the larger mean of the
+    images' own KLs, which is what ESM lowers; and by how much the latents' share in the upper half exceeds the target's.
+    """
+    spectra = {"image": image, "target": target_power(image, delta), "latent": latent}
+    variances = {name: variance_of(power, height, width).mean() for name, power in spectra.items()}
+    used = bands_in_use(height, width)
+    result = {"delta": delta, "bands": [band + 1 for band in used],
+              "spatial_std": {name: variance.sqrt().item() for name, variance in variances.items()}}  # fmt: skip
+    for scale in ("unit_std", "raw"):
+        divisors = variances if scale == "unit_std" else dict.fromkeys(spectra, torch.ones(()))
+        shares = {n: log_shares(power / divisors[n].clamp_min(1e-12))[:, used] for n, power in spectra.items()}
+        means = {name: share.mean(0) for name, share in shares.items()}
+        upper = torch.tensor(used) >= BINS // 2
+        result[scale] = {f"{name}_shares": mean.tolist() for name, mean in means.items()} | {
+            "kl_of_mean_spectra": spectral_kl(means["target"][None], means["latent"][None]).item(),
+            "mean_of_kls_per_image": spectral_kl(shares["target"], shares["latent"]).mean().item(),
+            "upper_share": (means["latent"] - means["target"])[upper].sum().item(),
+        }
+    return result
+
+
 @torch.no_grad()
-def measure(vae, batches, device, seed=0, lpips=None, features=None, shown=SHOWN):
+def measure(vae, batches, device, seed=0, lpips=None, features=None, shown=SHOWN, delta=1.0):
     """Everything that is reported of an autoencoder -> (dict of plain values, rows of pictures).
 
-    Reconstructions are of the posterior's mean, spectra of its samples (as the losses see them). Shares of log power
-    per band as in ESM; `upper_share` is the latent's share in the upper half of the bands less the target's.
+    Reconstructions are of the posterior's mean, spectra of its samples (as the losses see them), judged against the
+    image's times f^delta.
     """
     values, noise, latents, rows = {}, generator(seed, 4), LatentStatistics(), []
+    spectra = {"image": [], "latent": []}
     kept = {"original": [], "reconstruction": []}
 
     def add(name, value):  # (n, ...)
@@ -243,13 +278,11 @@ def measure(vae, batches, device, seed=0, lpips=None, features=None, shown=SHOWN
             kept["original"].append(features(pixels).float().cpu())
             kept["reconstruction"].append(features(to_uint8(made)).float().cpu())
         z = sample_posterior(mean, logvar, torch.randn(mean.shape, generator=noise).to(device))
-        small = resize_to_latent(x, z.shape[-2:], blurs(z.shape[-1]))
+        small = resize_to_latent(x, z.shape[-2:])
         for name, field in (("image", small), ("latent", z)):
-            add(f"{name}_shares", log_shares(field))
+            spectra[name].append(psd(field).double().cpu())
             add(f"{name}_alpha", power_law_exponent(field).expand(len(x)))
-        add("target_shares", log_shares(small, delta=1.0))
-        add("target_alpha", power_law_exponent(small, delta=1.0).expand(len(x)))
-        add("kl_to_target", spectral_kl(values["target_shares"][-1], values["latent_shares"][-1]))
+        add("target_alpha", power_law_exponent(small, delta=delta).expand(len(x)))
         pictures = [x[:shown], made[:shown]]
         block = block_that_fits(*z.shape[-2:])
         for k in DSM_LEVELS if block else ():
@@ -259,8 +292,7 @@ def measure(vae, batches, device, seed=0, lpips=None, features=None, shown=SHOWN
         if not rows:
             rows = [picture.cpu() for picture in pictures]
     result = {name: torch.cat(value).mean(0).tolist() for name, value in values.items()}
-    half = BINS // 2
-    result["upper_share"] = sum(result["latent_shares"][half:]) - sum(result["target_shares"][half:])
+    result |= compare_with_target(*map(torch.cat, spectra.values()), *z.shape[-2:], delta)
     if features:
         result["rfid"] = frechet_distance(*(torch.cat(part) for part in kept.values()))
     result |= {f"latent_{key}": value for key, value in latents.result().items()}
@@ -268,9 +300,10 @@ def measure(vae, batches, device, seed=0, lpips=None, features=None, shown=SHOWN
 
 
 def verdict(result):
-    gap = result["upper_share"]
+    gap, raw = (result[scale]["upper_share"] for scale in ("unit_std", "raw"))
     word = "matched" if abs(gap) <= MATCHED else "too noisy" if gap > 0 else "too smooth"
-    return f"{word} ({gap:+.3f} of log power in the upper half of the bands, against the target)"
+    return (f"{word} at unit std ({gap:+.3f} of log power in the upper half of the bands, against the target; raw "
+            f"{raw:+.3f}); alpha {result['latent_alpha']:.2f}, the target's {result['target_alpha']:.2f}")  # fmt: skip
 
 
 def report(name, result, say):
@@ -370,8 +403,8 @@ def complete(args):
     if args.esm_blur is None:
         args.esm_blur = blurs(latent)
     if "dsm" in terms and not block_that_fits(latent, latent):
-        raise InputError(f"--regularizer {args.regularizer} at --size {args.size}: a latent of {latent}x{latent} is no "
-                         "multiple of 2: DSM works in blocks of 8, 4 or 2; --size 64 does")  # fmt: skip
+        raise InputError(f"--regularizer {args.regularizer} at --size {args.size}: DSM's blocks of 8, 4 or 2 are at most half "
+                         f"as wide as the latent and divide it, which is {latent}x{latent} here; --size {16 * factor} does")  # fmt: skip
     if "eq" in terms and latent <= least_latent(latent, factor):
         raise InputError(f"--regularizer eq at --size {args.size}: nothing smaller to scale to; --size 64 does")
     if "se" in terms and (latent % 2 or args.size < 2 * LEAST_SIDE):
@@ -384,10 +417,6 @@ def complete(args):
                          f"{PatchGAN().least_size}; a larger --size, or --gan-weight 0")  # fmt: skip
     if args.out is None:
         args.out = f"runs/{short_name(args.data)}-{args.size}-{args.preset}-{args.regularizer}"
-
-
-def blurs(latent):
-    return latent != 32  # where the authors blur the image before they resize it to the latent [code]
 
 
 # ---- training ---------------------------------------------------------------------------------------------
@@ -593,7 +622,8 @@ def main(args):
         if step % args.eval_every == 0 or step == args.steps:
             if processes.main:
                 batches = some_images(validation, args.eval_images or EVAL_IMAGES, micro, decoders)
-                result, rows = measure(ema or vae, batches, device, args.seed, parts.lpips, features)
+                delta = target_delta(vars(args))
+                result, rows = measure(ema or vae, batches, device, args.seed, parts.lpips, features, delta=delta)
                 save_pictures(rows, folder / "samples" / f"step{step:07d}")
                 log.write(step=step, evaluation=result)
                 if step == args.steps:
@@ -613,7 +643,7 @@ def describe(args, parts, side):
     known = {
         "kl": f"{args.kl_weight:g} KL",
         "esm": f"{args.esm_weight:g} ESM (delta {args.esm_delta:g}, {'' if args.esm_blur else 'not '}blurred)",
-        "dsm": f"DSM in blocks of {block_that_fits(side, side)}",
+        "dsm": f"DSM in blocks of {block_that_fits(side, side)} ({side} x {side} latents)",
         "eq": "EQ-VAE",
         "se": f"{args.se_weight:g} scale equivariance",
         "vf": f"{args.vf_weight:g} adaptive VF ({args.encoder})",
@@ -666,7 +696,7 @@ def evaluate_only(args):
         return
     images = Images(data_of(args, info), size)
     batches = some_images(images, args.eval_images or len(images), args.batch, workers(args, processes))
-    result, rows = measure(vae, batches, device, args.seed, lpips, features)
+    result, rows = measure(vae, batches, device, args.seed, lpips, features, delta=target_delta(info["args"]))
     folder = Path(args.out or run_folder(args.ckpt))
     report(run_folder(args.ckpt).resolve().name, result, say)
     stem = folder / "samples" / f"eval-step{info['step']:07d}-{short_name(images.spec)}-{size}"
@@ -690,7 +720,7 @@ def compare_spectra(args):
         name = run_folder(path).resolve().name
         name = path if name in results else name
         batches = some_images(images, args.eval_images or EVAL_IMAGES, args.batch or 32, workers(args, processes), name)
-        results[name], _ = measure(vae, batches, device, args.seed)
+        results[name], _ = measure(vae, batches, device, args.seed, delta=target_delta(info["args"]))
     for name, result in results.items():
         say(f"{name}: latents {verdict(result)}")
     for alike in grouped(results):
@@ -706,47 +736,69 @@ def compare_spectra(args):
 
 
 def grouped(results):
-    """Results of autoencoders with the same target: one size of images, one of latents."""
-    kinds = sorted({(result["size"], result["latent_side"]) for result in results.values()})
-    return [{n: r for n, r in results.items() if (r["size"], r["latent_side"]) == kind} for kind in kinds]
+    """Results of autoencoders with the same target: one size of images, one of latents, one delta."""
+
+    def kind(result):
+        return result["size"], result["latent_side"], result["delta"]
+
+    kinds = sorted({kind(result) for result in results.values()})
+    return [{name: result for name, result in results.items() if kind(result) == one} for one in kinds]
+
+
+def target_name(result):
+    return "image x f" + (f"^{result['delta']:g}" if result["delta"] != 1 else "")
 
 
 def spectrum_table(results, say):
-    """Print results with one target: shares of log power by band, and sums."""
+    """Print results with one target: shares of log power by band at unit std, and sums."""
     names, first = list(results), next(iter(results.values()))
-    width, side = max(8, *(len(name) + 2 for name in names)), first["latent_side"]
-    say(f"share of log power per band of {side} x {side} latents, low to high; target = image x f")
-    say("band          image  target" + "".join(name.rjust(width) for name in names))
-    for band in range(BINS):
-        row = [f"{result['latent_shares'][band]:.4f}".rjust(width) for result in results.values()]
-        say(f"{band + 1:<13}{first['image_shares'][band]:.4f}  {first['target_shares'][band]:.4f}" + "".join(row))
-    lines = [("KL to target", "kl_to_target", ".4f"), ("upper half", "upper_share", "+.3f"), ("alpha", "latent_alpha", ".2f"),
-             ("std", "latent_std", ".3f"), ("PSNR, dB", "psnr", ".2f"), ("SSIM", "ssim", ".4f")]  # fmt: skip
+    width, side, shares = max(8, *(len(name) + 2 for name in names)), first["latent_side"], first["unit_std"]
+
+    def row(title, form, value, *others):
+        cells = [" " * 8 if other is None else format(other, f"8{form}") for other in others or (None, None)]
+        say(f"{title:<22}" + "".join(cells) + "".join(format(value(r), form).rjust(width) for r in results.values()))
+
+    say(f"share of log power per band of {side} x {side} latents at unit std, low to high; target = {target_name(first)}")
+    say(f"{'band':<22}{'image':>8}{'target':>8}" + "".join(name.rjust(width) for name in names))
+    for i, band in enumerate(first["bands"]):
+        image, target = (shares[f"{name}_shares"][i] for name in ("image", "target"))
+        row(band, ".4f", lambda r, i=i: r["unit_std"]["latent_shares"][i], image, target)
+    for title, key, form in (("KL of mean spectra", "kl_of_mean_spectra", ".4f"),
+                             ("mean of KLs per image", "mean_of_kls_per_image", ".4f"),
+                             ("upper half", "upper_share", "+.3f")):  # fmt: skip
+        row(title, form, lambda r, key=key: r["unit_std"][key])
+        row("  raw", form, lambda r, key=key: r["raw"][key])
+    row("alpha", ".2f", lambda r: r["latent_alpha"], first["image_alpha"], first["target_alpha"])
+    stds = (first["spatial_std"][name] for name in ("image", "target"))
+    row("std about own mean", ".3f", lambda r: r["spatial_std"]["latent"], *stds)
+    lines = [("std", "latent_std", ".3f"), ("PSNR, dB", "psnr", ".2f"), ("SSIM", "ssim", ".4f")]
     lines += [(f"low-pass {k}", f"lowpass_psnr_{k}", ".2f") for k in DSM_LEVELS if f"lowpass_psnr_{k}" in first]
     for title, key, form in lines:
-        row = [format(result[key], form).rjust(width) for result in results.values()]
-        others = f"{first['image_alpha']:6.2f}{first['target_alpha']:8.2f}" if title == "alpha" else " " * 14
-        say(f"{title:<13}{others}" + "".join(row))
+        row(title, form, lambda r, key=key: r[key])
 
 
 def draw_spectra(results, file):
-    """Shares of power by band, on a logarithmic scale, in the manner of the paper's figure. Needs matplotlib."""
+    """Shares of power by band, on a logarithmic scale, in the manner of the paper's figure (raw), and at unit std. Needs
+    matplotlib.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    bands = range(1, BINS + 1)
-    for alike in grouped(results):
-        first = next(iter(alike.values()))
-        at = f", {first['latent_side']} x {first['latent_side']}"
-        axes.plot(bands, first["image_shares"], "k:", label="image" + at)
-        axes.plot(bands, first["target_shares"], "k--", label="target: image x f" + at)
-    for name, result in results.items():
-        axes.plot(bands, result["latent_shares"], marker=".", label=f"{name}, KL {result['kl_to_target']:.4f}")
-    axes.set(xlabel="radial frequency band", ylabel="share of log power", yscale="log", xticks=list(bands))
-    axes.legend(frameon=False, fontsize=8)
+    figure, both = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
+    for axes, scale, title in zip(both, ("unit_std", "raw"), ("at unit std", "raw, as ESM and the paper have them")):
+        for alike in grouped(results):
+            first = next(iter(alike.values()))
+            at = f", {first['latent_side']} x {first['latent_side']}"
+            axes.plot(first["bands"], first[scale]["image_shares"], "k:", label="image" + at)
+            axes.plot(first["bands"], first[scale]["target_shares"], "k--", label=f"target: {target_name(first)}{at}")
+        for name, result in results.items():
+            label = f"{name}, KL of mean spectra {result[scale]['kl_of_mean_spectra']:.4f}"
+            axes.plot(result["bands"], result[scale]["latent_shares"], marker=".", label=label)
+        axes.set(title=title, xlabel="radial frequency band", yscale="log", xticks=range(1, BINS + 1))
+        axes.legend(frameon=False, fontsize=8)
+    both[0].set(ylabel="share of log power")
     figure.savefig(file, dpi=120)
     plt.close(figure)
 
