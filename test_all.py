@@ -1683,6 +1683,68 @@ def test_trajectory(trained, tmp_path, capsys):
     assert all(0 < t < 1 for t in table["snr_below_1_at"]) and table["snr_below_1_at"][0] > table["snr_below_1_at"][8]
 
 
+def gaussian_images(n, side, alpha, seed):
+    """Coloured Gaussian images (n, 3, side, side) around mid-grey, their expected power 0.3 / r^alpha, far from clipping."""
+    x = power_law(n, 3, side, alpha, seed) * 0.3**0.5
+    return (x - x.mean((-2, -1), keepdim=True)).float()
+
+
+def bands_by_loops(power):
+    """(side, side), its DC counted as zero -> mean of every radial band (16,), nan where it is empty"""
+    side, sums = len(power), [[] for _ in range(16)]
+    for k in range(side):
+        for l in range(side):
+            sums[min(15, int(16 * (k * k + l * l) ** 0.5 / (2**0.5 * (side - 1))))].append(power[k, l] if k + l else 0)
+    return np.array([np.mean(band) if band else np.nan for band in sums])
+
+
+def measured_drowning(diffusion, images, seed=0):
+    """Where, in forward process and decoder, what two noisy versions of an image have in common falls below what differs."""
+    g, x0, ratios, times = torch.Generator().manual_seed(seed), diffusion.encode(images), [], np.geomspace(0.004, 0.5, 18)
+    for t in times:
+        alpha, sigma = diffusion.path.alpha_sigma(torch.tensor(t, dtype=torch.float64))
+        noisy = [diffusion.decode(alpha * x0 + sigma * torch.randn(x0.shape, generator=g)) for _ in range(2)]
+        a, b = (scipy.fft.dctn(x.double().numpy(), axes=(-2, -1), norm="ortho") for x in noisy)
+        noise = bands_by_loops(np.mean((a - b) ** 2, (0, 1)) / 2)
+        ratios.append(np.log(np.maximum(bands_by_loops(np.mean(a * b, (0, 1))), 1e-3 * noise) / noise))
+    return np.exp([np.interp(0, -ratio, np.log(times)) for ratio in np.array(ratios).T])  # -ratio rises with t
+
+
+DROWNING = [("dct", "flow", 16.0), ("dct", "vp", 4.0), ("pixel", "flow", 1.0), ("pixel", "vp", 1.0)]
+
+
+@pytest.mark.parametrize("space, path, c", DROWNING)
+def test_noise_drowns_gaussian_images_when_predicted(space, path, c):
+    config = dict(space=space, size=32, model="dit-nano", path=path, snr_scale=c, predict="x0", classes=None,
+                  label_dropout=0.0, block=4, keep=12, eta=100.0)  # fmt: skip
+    diffusion, images = sample.Diffusion(config), gaussian_images(128, 32, 1.5, seed=1)
+    if space == "pixel":  # what the images were made with
+        r = np.hypot(*np.mgrid[:32, :32])
+        power = torch.from_numpy(bands_by_loops(0.3 * np.maximum(r, 1) ** -1.5))
+    else:  # the codec takes colour and detail away
+        power = psd(diffusion.decode(diffusion.encode(images))).mean(0)
+    measured = measured_drowning(diffusion, images)
+    assert 0.005 < measured.min() and measured.max() < 0.5
+    np.testing.assert_allclose(sample.drowning_times(diffusion, power), measured, rtol=0.1)
+
+
+def test_spectrum_of_decoded_noise():
+    """In DCT space against every unit impulse, and the figures of the 32-pixel codec; elsewhere noise is white."""
+    config = dict(size=32, path="flow", snr_scale=1.0, predict="x0", classes=None, label_dropout=0.0, block=4, keep=12,
+                  eta=469.086, latent_shape=[4, 16, 16], scale=0.2)  # fmt: skip
+    make = lambda space: sample.Diffusion(config | {"space": space, "model": "dit-nano"})
+    codec, found = make("dct").codec, sample.noise_spectrum(make("dct"))
+    impulses = torch.eye(16 * 72).view(-1, 16, 72)
+    fields = (codec.decode(impulses / 8) - codec.decode(0 * impulses[:1])).double().numpy() * 8
+    power = bands_by_loops((scipy.fft.dctn(fields, axes=(-2, -1), norm="ortho") ** 2).mean(1).sum(0))
+    np.testing.assert_allclose(found, power, rtol=0.04)
+    published = [7.5, 7.5, 6.4, 4.8, 3.0, 1.7, 0.16]
+    np.testing.assert_allclose((found / (469.086 / 127.5) ** 2)[[0, 1, 2, 3, 4, 5, 15]], published, rtol=0.07)
+    for space, side in (("pixel", 32), ("latent", 16)):
+        white = bands_by_loops(np.ones((side, side)))
+        np.testing.assert_allclose(sample.noise_spectrum(make(space)), white, rtol=0.04)
+
+
 def test_bad_input_of_training(data, trained, tmp_path):
     def refused(match, flags="", out=tmp_path / "new"):
         with pytest.raises(InputError, match=match):
