@@ -1905,7 +1905,7 @@ def test_training_an_autoencoder_lowers_its_losses(data, hub, tmp_path, name):
 def test_autoencoder_n_and_n_steps_equal_2n_with_everything_on(data, lpips_files, tmp_path):
     """With GAN, LPIPS, EMA and a sum of regularizers; then two processes, and parts of a batch, equal one."""
     files = f"--lpips-vgg {lpips_files[0]} --lpips-heads {lpips_files[1]} --lpips-weight 0.5"
-    flags = f"--data {data} --size 32 --lr 1e-5 --regularizer esm+dsm+kl --gan-weight 0.5 --gan-start 1 --ema 0.9 {files}"
+    flags = f"--data {data} --size 32 --lr 1e-5 --warmup 3 --regularizer esm+dsm+kl --gan-weight 0.5 --gan-start 1 --ema 0.9 {files}"
     autoencode(f"{flags} --out {tmp_path}/whole --steps 4")
     for steps in (2, 4):
         autoencode(f"{flags} --out {tmp_path}/halves --steps {steps}")
@@ -1917,6 +1917,8 @@ def test_autoencoder_n_and_n_steps_equal_2n_with_everything_on(data, lpips_files
         ["loss", "lpips"], ["gan", "gan_balance", "loss", "lpips"], ["discriminator"],
         ["gan", "gan_balance", "loss", "lpips"]]  # fmt: skip
     assert 0 < lines[1]["gan_balance"] <= 1e4
+    # the warm-up of three steps is each optimizer's own: the autoencoder's third is the run's fourth
+    np.testing.assert_allclose([line["lr"] for line in lines], np.array([1 / 3, 2 / 3, 1 / 3, 1]) * 1e-5)
     result = metrics(tmp_path / "whole", "evaluation")[0]["evaluation"]
     assert result["lpips"] > 0
     command(f"train_vae.py {TINY_VAE} {flags} --out {tmp_path}/two --steps 4", processes=2)
@@ -1925,6 +1927,23 @@ def test_autoencoder_n_and_n_steps_equal_2n_with_everything_on(data, lpips_files
     for key in ("loss", "discriminator", "gan_balance", "grad_norm"):
         np.testing.assert_allclose(*([line.get(key, 0) for line in lines] for lines in both), rtol=2e-3)
     assert all(distance(a[k], two[k]) < 1e-4 for k in ("model", "ema", "discriminator"))
+
+
+@pytest.mark.parametrize("decay", ["none", "linear"])
+def test_each_optimizer_warms_up_over_its_own_steps(decay):
+    flags = f"--steps 40 --lr 8 --warmup 8 --lr-decay {decay} --gan-weight 0.5"
+    for start in (0, 5, 20, 99):
+        args, taken, alternating = train_vae.make_parser().parse_args(f"{flags} --gan-start {start}".split()), [0, 0], 0
+        for step in range(40):  # counted one by one, as the authors' loop does
+            critic = step >= start and alternating % 2 == 1
+            alternating += step >= start
+            rate = min(8, taken[critic] + 1) * (1 - step / 40 if decay == "linear" else 1)
+            taken[critic] += 1
+            ours = train_vae.turn(args, step)
+            assert ours == (critic, taken[critic] - 1)
+            assert abs(train_diffusion.learning_rate(step, args, ours[1]) - rate) < 1e-9
+    args.gan_weight = 0.0  # no discriminator: its start means nothing
+    assert [train_vae.turn(args, step) for step in (98, 99, 100)] == [(False, 98), (False, 99), (False, 100)]
 
 
 def test_autoencoder_killed_is_resumed_and_eq_is_the_same_on_two_processes(tmp_path):

@@ -523,9 +523,11 @@ def draw_step(seed, step, n, shape, args, path, device):
     return t, eps, drop, flip, torch.randn(n, *shape, generator=g, device=device) if args.space == "latent" else None
 
 
-def learning_rate(step, args):
-    """Linear warm-up, then constant or falling linearly to zero at the last step."""
-    rate = args.lr * min(1, (step + 1) / max(args.warmup, 1))
+def learning_rate(step, args, taken=None):
+    """Linear warm-up over an optimizer's own steps (`taken` before this one; left out, all), then constant or falling
+    linearly to zero at the last step of the run.
+    """
+    rate = args.lr * min(1, ((step if taken is None else taken) + 1) / max(args.warmup, 1))
     return rate * (1 - step / args.steps) if args.lr_decay == "linear" else rate
 
 
