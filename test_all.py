@@ -2085,6 +2085,26 @@ def test_latent_cache(autoencoders, data, tmp_path, capsys):
     assert np.abs(two.values.astype(float) - one.values).max() < 0.01 and (two.labels == one.labels).all()
 
 
+def test_moments_are_encoded_in_float32_whatever_amp_says(autoencoders, data, tmp_path, monkeypatch):
+    real, seen, cudnn, matmul = vae.VAE.encode, [], torch.backends.cudnn, torch.backends.cuda.matmul
+
+    def watched(self, x):
+        moments = real(self, x)
+        seen.append((cudnn.allow_tf32, matmul.allow_tf32, moments[0].dtype))
+        return moments
+
+    monkeypatch.setattr(vae.VAE, "encode", watched)
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    try:
+        for amp in ("off", "bf16"):
+            cudnn.allow_tf32 = matmul.allow_tf32 = True
+            looking(f"--encode {data} --ckpt {autoencoders}/esm --amp {amp} --out {tmp_path}/{amp}")
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
+    assert (tmp_path / "off").read_bytes() == (tmp_path / "bf16").read_bytes()
+    assert set(seen) == {(False, False, torch.float32)}
+
+
 def test_latent_cache_is_resumed_and_skips_unreadable_images(autoencoders, tmp_path, monkeypatch, capsys):
     folder = write_photos(tmp_path / "many", 120)
     (folder / "050.png").write_bytes(b"no picture")

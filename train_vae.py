@@ -769,12 +769,12 @@ def encode_data(args):
         "kind": "moments", "shape": [len(images), 2, 2 * vae.latent_channels, *2 * [size // vae.factor]], "scale": None,
         "factor": vae.factor, "autoencoder": info["weights"], "preset": info["config"].get("preset"), "vae": args.ckpt,
     }  # fmt: skip
-    amp = autocast(args, processes.device)[0]
+    # float32, whatever --amp: a posterior's std may be less than a half-precision rounding of its mean
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
     def encode(x):
         views = (view.contiguous(memory_format=layout(x.device)) for view in (x, x.flip(-1)))
-        with amp():
-            return torch.stack([torch.cat(vae.encode(view), 1).float() for view in views], 1)
+        return torch.stack([torch.cat(vae.encode(view), 1) for view in views], 1)
 
     def measure_scale(cache):
         good, statistics = cache.indices, LatentStatistics()
