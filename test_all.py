@@ -917,7 +917,7 @@ def test_dog_has_irepa_at_its_limits_and_constants_give_zero():
     for low, high in ((0, 2.0), (0.6, 2.0), (0, float("inf"))):
         for level in (1.0, -317.3, 0.1):
             assert repa.dog_target(torch.full((2, 25, 3), level), low, high).abs().max() < 1e-3
-        # a band-pass: neither a constant nor what is added by one gets through
+        # no constant gets through, alone or added
         assert torch.allclose(repa.dog_target(z + 5, low, high), repa.dog_target(z, low, high), atol=1e-4)
     for low, high in ((2.0, 1.0), (1.0, 1.0), (-1.0, 1.0)):
         with pytest.raises(ValueError, match="sigmas"):
@@ -965,16 +965,36 @@ class Patches(torch.nn.Module):
         return {"x_norm_patchtokens": F.avg_pool2d(x, 14).flatten(2).mT, "x_norm_clstoken": x.mean((2, 3))}
 
 
+def cubic_by_loops(image, n):
+    """(C, m, m) -> (C, n, n) by Keys' cubic convolution (a = -0.75) of the four nearest pixels, edges repeated."""
+
+    def weight(d):
+        d = abs(d)
+        return 1.25 * d**3 - 2.25 * d**2 + 1 if d <= 1 else -0.75 * (d**3 - 5 * d**2 + 8 * d - 4) if d < 2 else 0.0
+
+    m, matrix = image.shape[-1], np.zeros((n, image.shape[-1]))
+    for i in range(n):
+        centre = (i + 0.5) * m / n - 0.5
+        for j in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
+            matrix[i, min(max(j, 0), m - 1)] += weight(centre - j)
+    return matrix @ image @ matrix.T
+
+
 def test_encoder_preprocessing():
     x, (mean, std) = photos(2, 48), (torch.tensor(v).view(3, 1, 1) for v in (repa.IMAGENET_MEAN, repa.IMAGENET_STD))
+    x = x + 0.2 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))  # detail that antialiasing would take
     for asked, side in ((224, 16), (448, 32), (100, 7)):
         net = Patches()
         tokens, summary = repa.Encoder(net, asked)(x)
         assert net.seen.shape == (2, 3, 14 * side, 14 * side) and tokens.shape == (2, side**2, 3) and summary.shape == (2, 3)
-        pixels = ((x[0] + 1) * 127.5).round().permute(1, 2, 0).byte().numpy()
-        up = np.asarray(Image.fromarray(pixels).resize((14 * side, 14 * side), Image.Resampling.BICUBIC)) / 255
-        oracle = (torch.from_numpy(up).permute(2, 0, 1) - mean) / std
-        assert (net.seen[0] - oracle).abs().mean() < 0.02
+        oracle = (torch.from_numpy(cubic_by_loops((x[0].double().numpy() + 1) / 2, 14 * side)) - mean) / std
+        assert (net.seen[0] - oracle).abs().max() < 1e-4
+    # scores ask for antialiasing, as Pillow does it
+    net, small = Patches(), x.clamp(-1, 1)
+    repa.Encoder(net, 28, antialias=True)(small)
+    pixels = Image.fromarray(((small[0] + 1) * 127.5).round().permute(1, 2, 0).byte().numpy())
+    down = torch.from_numpy(np.asarray(pixels.resize((28, 28), Image.Resampling.BICUBIC)) / 255).permute(2, 0, 1)
+    assert (net.seen[0] - (down - mean) / std).abs().mean() < 0.02
     assert not any(p.requires_grad for p in repa.Encoder(Colours()).parameters())
     for features in ({"x_norm_clstoken": x}, x, {"x_norm_patchtokens": x}):
         net = torch.nn.Identity()
@@ -1024,13 +1044,15 @@ def test_projectors_loss_and_lds():
     cosines = (a * b).sum(2) / np.linalg.norm(a, axis=2) / np.linalg.norm(b, axis=2)
     np.testing.assert_allclose(repa.alignment_loss(hidden[..., :7], z).numpy(), -cosines.mean(1), atol=1e-6)
     assert torch.allclose(repa.alignment_loss(3 * z, z), -torch.ones(2))
-    u, near, far = b[0] / np.linalg.norm(b[0], axis=1, keepdims=True), [], []
-    for i in range(16):
-        for j in range(16):
-            apart = abs(i // 4 - j // 4) + abs(i % 4 - j % 4)
-            if i != j:
-                (near if apart < 2 else far).append(u[i] @ u[j])
-    assert abs(repa.lds(repa.as_map(z))[0].item() - (np.mean(near) - np.mean(far))) < 1e-6
+    for side, least in ((8, 6), (5, 6), (4, 6), (3, 4), (2, 2)):  # the largest distance on a grid is 2 (side - 1)
+        z = torch.randn(2, side**2, 7, generator=g) + torch.randn(7, generator=g)
+        u, near, far = F.normalize(z[1].double(), dim=1).numpy(), [], []
+        for i in range(side**2):
+            for j in range(side**2):
+                apart = abs(i // side - j // side) + abs(i % side - j % side)
+                near += [u[i] @ u[j]] * (apart == 1)
+                far += [u[i] @ u[j]] * (apart >= least)
+        assert abs(repa.lds(repa.as_map(z))[1].item() - (np.mean(near) - np.mean(far))) < 1e-6
     noise = torch.randn(4, 8, 16, 16, generator=g)
     assert (repa.lds(repa.blur(noise, 2.0)) > 0.3).all() and repa.lds(noise).abs().max() < 0.05
     for side in (1, 2, 3, 5):
@@ -2409,6 +2431,13 @@ def test_alignment_lowers_both_losses_and_sampling_needs_no_projector(latents, d
     torch.save(state, run / "checkpoint.pt")
     sampling(f"{run} --n 3 --steps 3 --out {tmp_path}/without")
     assert_same_images(tmp_path / "with", tmp_path / "without", 3, tolerance=0)
+
+
+def test_weight_of_the_alignment_follows_the_method():
+    for flags, weight in (("repa", 0.5), ("irepa", 1.0), ("dog", 1.0), ("irepa --repa-weight 0.25", 0.25)):
+        args = train_diffusion.make_parser().parse_args(f"--encoder hog --repa {flags}".split())
+        train_diffusion.complete(args)
+        assert args.repa_weight == weight
 
 
 def test_alignment_changes_nothing_else_and_weight_zero_is_none(data, hub, tmp_path):
