@@ -244,9 +244,9 @@ DISTANT = 6  # tokens apart, by rows and columns, from where on a pair is distan
 
 
 def lds(field):
-    """Local against distant similarity (iREPA's measure of spatial structure): the mean cosine of neighbours above, below
-    and beside each other, minus that of tokens at a Manhattan distance of 6 or more [code], on smaller grids the largest
-    there is. (N, D, g, g) -> (N,), 0 for one token
+    """Local against distant similarity (iREPA's measure of spatial structure): the mean cosine of neighbours in a row or
+    column, minus that of tokens at a Manhattan distance of 6 or more [code], on smaller grids at the largest there is.
+    (N, D, g, g) -> (N,), 0 for one token
     """
     u, side = F.normalize(field.float().flatten(2), dim=1), field.shape[-1]  # (N, D, T)
     line = torch.arange(side, device=u.device)

@@ -29,11 +29,13 @@ import torchvision
 from PIL import Image
 
 import dct
+import dit
 import repa
 import sample
 import spectral_losses
 import train_diffusion
 import train_vae
+import uvit
 import vae
 from dct import DCTCodec, DCTStatistics, dct2, idct2
 from dit import DIT_SIZES, DiT
@@ -640,6 +642,77 @@ def test_networks_without_classes_and_bad_shapes():
     ):
         with pytest.raises(ValueError):
             bad()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_does_not_fit_a_network_is_one_clear_line(name):
+    net, maps = NETWORKS[name](), "maps" in name
+    shape, t, y = (3, 8, 8) if maps else (16, 6), torch.rand(2), torch.tensor([0, 5])
+    x = torch.randn(2, *shape)
+    net(x, t, y)  # 5 is the null class
+    net(x, t, y.int(), tap=net.depth)
+    other = NETWORKS[name.replace("maps", "tokens") if maps else name.replace("tokens", "maps")]
+    for call, said in [
+        (lambda: net(x, t), "y: .* missing"),
+        (lambda: net(x, t, torch.tensor([0, 6])), "y: class 6, .* 0 to 5"),
+        (lambda: net(x, t, torch.tensor([-1, 0])), "y: class -1, .* 0 to 5"),
+        (lambda: net(x, t, y.float()), "y: .*float32"),
+        (lambda: net(x, t, torch.tensor([True, False])), "y: .*bool"),
+        (lambda: net(x, t, y[:1]), r"y: .*\(1,\)"),
+        (lambda: net(x, t, y[:, None]), r"y: .*\(2, 1\)"),
+        (lambda: net(x, t, y, tap=0), f"tap 0: .* 1 to {net.depth}"),
+        (lambda: net(x, t, y, tap=net.depth + 1), f"tap {net.depth + 1}: .* 1 to {net.depth}"),
+        (lambda: net(torch.randn(2, shape[0] + 1, *shape[1:]), t, y), r"x \(2, .*takes \(N, "),
+        (lambda: net(torch.randn(2, *shape[:-1], 4), t, y), r"x \(2, .*takes \(N, "),
+        (lambda: other()(x, t, y), r"x \(2, .*takes \(N, "),
+    ]:
+        with pytest.raises(ValueError, match=f"^{said}"):
+            call()
+    bare = DiT(8, 4, 3, 8, 1, 1, num_classes=0) if name.startswith("dit") else UViT(8, 4, 3, 8, 2, 1)
+    with pytest.raises(ValueError, match="^y: .*without classes"):
+        bare(torch.randn(2, 3, 8, 8), t, y)
+    for network in (DiT, UViT):
+        for half in ({"num_tokens": 16}, {"token_dim": 6}):
+            with pytest.raises(ValueError, match="num_tokens .*token_dim"):
+                network(**half)
+    without = sample.build_network(dict(space="pixel", size=8, model="dit-nano/4", classes=["a", "b"], label_dropout=0.0))
+    with pytest.raises(ValueError, match="^y: class 2, .* 0 to 1"):  # no null class to drop to
+        without(torch.randn(2, 3, 8, 8), t, torch.tensor([0, 1]), drop=torch.tensor([True, False]))
+
+
+def examples_of(module):
+    """The lines of code in a module's first docstring."""
+    lines = [line[4:] for line in module.__doc__.splitlines() if line.startswith("    ")]
+    return [line for line in lines if not line.startswith("python ")]
+
+
+def test_docstring_examples_do_what_they_say(hub):
+    for module in (dit, uvit):
+        lines = examples_of(module)
+        assert len(lines) == 2
+        for line in lines:
+            before, after = re.search(r"# \(N, ([\d, ]+)\) -> (?:\(N, ([\d, ]+)\)|the same)$", line).groups()
+            before, after = (tuple(map(int, shape.split(", "))) for shape in (before, after or before))
+            with torch.device("meta"):
+                inputs = {"x": torch.empty(2, *before), "t": torch.empty(2), "y": torch.empty(2, dtype=torch.long)}
+                assert eval(line, vars(module) | inputs).shape == (2, *after)
+    with torch.device("meta"):
+        names = vars(vae) | {"images": torch.empty(2, 3, 256, 256)}
+        exec("\n".join(examples_of(vae)), names)
+    assert names["mean"].shape == names["logvar"].shape == (2, 4, 32, 32) and names["images"].shape == (2, 3, 256, 256)
+    names = vars(dct) | {"images": photos(2, 256)}
+    exec("\n".join(examples_of(dct)), names)
+    assert names["tokens"].shape == (2, 1024, 48) and names["images"].shape == (2, 3, 256, 256)
+    names = vars(spectral_losses) | {"images": photos(2, 64), "latents": torch.randn(2, 4, 16, 16), "l1": F.l1_loss}
+    names |= {"decode": lambda z: F.interpolate(z[:, :3], scale_factor=4)}
+    for line in examples_of(spectral_losses):
+        exec(line, names)
+        assert names["loss"].shape == () and names["loss"] > 0
+    load = repa.load_encoder
+    names = vars(repa) | {"load_encoder": lambda spec: load(f"{hub}:colours" if ":" in spec else spec)}
+    names |= {"images": photos(2, 64), "hidden": torch.randn(2, 256, 32), "projector": repa.ConvProjector(32, 36)}
+    exec("\n".join(examples_of(repa)), names)
+    assert names["target"].shape == (2, 256, 36) and names["loss"].shape == () and abs(names["loss"]) < 1
 
 
 def test_dit_drops_labels_itself_in_training_only():
