@@ -3,10 +3,11 @@
 State-dict keys, shapes and outputs equal the published networks', so their checkpoints load with strict=True.
 Beside maps, this one also reads tokens (DCTdiff's block-DCT tokens, arXiv 2412.15032):
 
-    DiT(input_size=32, patch_size=2, in_channels=4, **DIT_SIZES["xl"])(x, t, y)      # x (N, 4, 32, 32)
-    DiT(num_tokens=1024, token_dim=48, num_classes=0, **DIT_SIZES["s"])(x, t)        # x (N, 1024, 48)
+    DiT(input_size=32, patch_size=2, in_channels=4, **DIT_SIZES["xl"])(x, t, y)     # (N, 4, 32, 32) -> (N, 8, 32, 32)
+    DiT(num_tokens=1024, token_dim=48, num_classes=0, learn_sigma=False)(x, t)      # (N, 1024, 48) -> the same
 
-What `t` is multiplied by is the caller's: published DiTs are called with 999 t, SiTs with t in 0..1.
+With `learn_sigma`, the default, the output has twice the channels of the input: the noise, then the sigmas. What `t` is
+multiplied by is the caller's: published DiTs are called with 999 t, SiTs with t in 0..1.
 """
 
 import math
@@ -81,6 +82,34 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2) if x.ndim == 4 else self.proj(x)
 
 
+def takes_maps(num_tokens, token_dim):
+    """Whether a network's input is maps, not tokens. Raises ValueError where only one of the two is given."""
+    if (num_tokens is None) != (token_dim is None):
+        raise ValueError(f"num_tokens {num_tokens} and token_dim {token_dim}: tokens take both, maps neither")
+    return token_dim is None
+
+
+def check_call(network, x, y, tap):
+    """Raise ValueError where a forward call does not fit a network of `input_shape`, `num_labels` and `depth`."""
+    if x.shape[1:] != network.input_shape:
+        raise ValueError(f"x {tuple(x.shape)}: this network takes (N, {', '.join(map(str, network.input_shape))})")
+    if y is None and network.num_labels:
+        raise ValueError("y: is missing, this network takes a class per example")
+    if y is not None and not network.num_labels:
+        raise ValueError("y: was given to a network without classes")
+    if y is not None and (y.shape != x.shape[:1] or y.dtype not in (torch.int32, torch.int64)):
+        raise ValueError(f"y: is {tuple(y.shape)} of {y.dtype}, not one integer class per example, ({len(x)},)")
+    if tap is not None and not 1 <= tap <= network.depth:
+        raise ValueError(f"tap {tap}: the network's blocks are 1 to {network.depth}")
+
+
+def check_labels(y, num_labels):
+    """Raise ValueError where a class (N,) has no row in the table. On the CPU alone: a GPU would have to be waited for."""
+    if y.device.type == "cpu" and not torch.compiler.is_compiling():
+        for label in y[(y < 0) | (y >= num_labels)][:1].tolist():
+            raise ValueError(f"y: class {label}, the network's are 0 to {num_labels - 1}")
+
+
 def unpatchify(x, patch_size, channels):
     """(N, L, p*p*C) -> (N, C, H, W), square."""
     side = math.isqrt(x.shape[1])
@@ -118,6 +147,7 @@ class LabelEmbedder(nn.Module):
             drop = torch.rand(len(y), device=y.device) < self.dropout_prob
         if drop is not None:
             y = torch.where(drop, self.num_classes, y)
+        check_labels(y, self.embedding_table.num_embeddings)
         return self.embedding_table(y)
 
 
@@ -154,14 +184,16 @@ class DiT(nn.Module):
     """Arguments keep their published names and meaning; give `num_tokens` and `token_dim` for token input instead
     of `input_size`, `patch_size` and `in_channels`. `num_classes` 0 means no label table; the null class is
     `num_classes` itself. With `learn_sigma` the output has twice the channels, the noise (or velocity) first.
-    Raises ValueError where the patch does not divide the input, or tokens form no square grid.
+    Raises ValueError where the patch does not divide the input, tokens form no square grid, or one of `num_tokens` and
+    `token_dim` is missing.
     """
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, learn_sigma=True,
                  num_tokens=None, token_dim=None):  # fmt: skip
         super().__init__()
-        if token_dim is None:
+        maps = takes_maps(num_tokens, token_dim)
+        if maps:
             if input_size % patch_size:
                 raise ValueError(f"patch {patch_size} does not divide the input size {input_size}")
             num_tokens = (input_size // patch_size) ** 2
@@ -172,13 +204,15 @@ class DiT(nn.Module):
             raise ValueError(f"hidden_size {hidden_size} must be a multiple of 4 and of num_heads {num_heads}")
         self.patch_size, self.token_dim = patch_size, token_dim
         self.num_tokens, self.width, self.depth = num_tokens, hidden_size, depth  # of the hidden tokens of `tap`
-        self.out_channels = (1 + learn_sigma) * (in_channels if token_dim is None else token_dim)
+        self.input_shape = (in_channels, input_size, input_size) if maps else (num_tokens, token_dim)
+        self.out_channels = (1 + learn_sigma) * (in_channels if maps else token_dim)
         self.x_embedder = PatchEmbed(in_channels, patch_size, hidden_size, token_dim)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob) if num_classes else None
+        self.num_labels = self.y_embedder.embedding_table.num_embeddings if num_classes else 0  # the null class counts
         self.pos_embed = nn.Parameter(sincos_positions(hidden_size, side)[None], requires_grad=False)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_size, self.out_channels * (patch_size**2 if token_dim is None else 1))
+        self.final_layer = FinalLayer(hidden_size, self.out_channels * (patch_size**2 if maps else 1))
         self.initialize_weights()
 
     @property
@@ -209,7 +243,9 @@ class DiT(nn.Module):
         """x (N, C, H, W) or (N, L, token_dim), t (N,) scaled time, y (N,) classes -> same shape as x (twice the
         channels with learn_sigma). `drop` (N,) bool replaces those labels by the null class; left out, a network
         in training mode drops them itself. `tap` k >= 1 also returns the hidden tokens (N, L, D) after block k.
+        Raises ValueError where x, y or tap do not fit; a class out of range is looked for on the CPU alone.
         """
+        check_call(self, x, y, tap)
         x = self.x_embedder(x) + self.pos_embed  # (N, L, D)
         c = self.t_embedder(t)  # (N, D)
         if self.y_embedder is not None:

@@ -32,23 +32,24 @@ class Encoder(nn.Module):
 
     The network has DINOv2's `forward_features(x)`: patch tokens "x_norm_patchtokens" (N, T, D) and, where there is one,
     "x_norm_clstoken" (N, D). Images are normalised with ImageNet's mean and std; a network with a `patch_size` gets
-    them resized (bicubic, antialiased) to `resolution` or the nearest multiple of its patch below, others as they are.
-    Raises ValueError where there are no patch tokens.
+    them resized to `resolution` or the nearest multiple of its patch below, others as they are: bicubic, and without
+    antialiasing, as REPA and iREPA do it [code], unless that is asked for. Raises ValueError where there are no patch
+    tokens.
     """
 
-    def __init__(self, network, resolution=PATCH_ENCODER_SIZE):
+    def __init__(self, network, resolution=PATCH_ENCODER_SIZE, antialias=False):
         super().__init__()
         self.network = network.eval().requires_grad_(False)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
         patch = getattr(network, "patch_size", None)
         patch = patch[0] if isinstance(patch, (tuple, list)) else patch
-        self.resolution = max(1, resolution // patch) * patch if patch else None
+        self.resolution, self.antialias = max(1, resolution // patch) * patch if patch else None, antialias
 
     def forward(self, images):
         x = ((images.float() + 1) / 2 - self.mean) / self.std
         if self.resolution and x.shape[-2:] != (self.resolution, self.resolution):
-            x = F.interpolate(x, (self.resolution, self.resolution), mode="bicubic", antialias=True)
+            x = F.interpolate(x, (self.resolution, self.resolution), mode="bicubic", antialias=self.antialias)
         features = self.network.forward_features(x)
         tokens = features.get("x_norm_patchtokens") if isinstance(features, dict) else None
         if tokens is None or tokens.ndim != 3:
@@ -90,9 +91,9 @@ class HOG(nn.Module):
         return tokens, tokens.mean(1)
 
 
-def load_encoder(spec, device="cpu", resolution=PATCH_ENCODER_SIZE):
+def load_encoder(spec, device="cpu", resolution=PATCH_ENCODER_SIZE, antialias=False):
     """The encoder of SPEC: "hog", or REPO:ENTRY, REPO a local folder with a hubconf.py, else a repository torch.hub
-    downloads. `resolution`: pixels given to one that has a patch size.
+    downloads. `resolution`: pixels given to one that has a patch size, `antialias`: when they are resized to it.
 
     Raises ValueError, naming address and folder, where SPEC has another form, the entry does not exist or it or its
     weights cannot be fetched, or its module has no `forward_features`.
@@ -120,7 +121,7 @@ def load_encoder(spec, device="cpu", resolution=PATCH_ENCODER_SIZE):
         ) from error
     if not callable(getattr(network, "forward_features", None)):
         raise ValueError(f"encoder {spec}: its module has no forward_features, as DINOv2's have")
-    return Encoder(network, resolution).to(device)
+    return Encoder(network, resolution, antialias).to(device)
 
 
 # ---- targets ----------------------------------------------------------------------------------------------
@@ -173,10 +174,11 @@ def irepa_target(tokens, gamma=0.6):
 
 
 def dog_target(tokens, sigma1, sigma2):
-    """REPA-DoG (section 3.5): H = G_s1 * Z - G_s2 * Z, a band-pass on the token grid, over its spatial std + 1e-6.
+    """REPA-DoG (section 3.5): H = G_s1 * Z - G_s2 * Z on the token grid, over its spatial std + 1e-6.
 
-    Sigmas in tokens, sigma1 < sigma2; 0 leaves the tokens as they are and inf takes their mean, so that (0, inf) is
-    `irepa_target` with gamma 1. A constant field gives 0. (N, T, D) on a square grid -> (N, T, D). Raises ValueError.
+    Sigmas in tokens, sigma1 < sigma2. A band-pass where sigma1 > 0; 0 leaves the tokens as they are, a high-pass that
+    keeps all above the second blur. sigma2 inf takes their mean, so that (0, inf) is `irepa_target` with gamma 1. A
+    constant field gives 0. (N, T, D) on a square grid -> (N, T, D). Raises ValueError.
     """
     if not 0 <= sigma1 < sigma2:
         raise ValueError(f"sigmas {sigma1:g} {sigma2:g}: the first must be the smaller, and not negative")
@@ -238,14 +240,17 @@ def alignment_loss(student, target):
     return -F.cosine_similarity(student.float(), target.float(), dim=2).mean(1)
 
 
+DISTANT = 6  # tokens apart, by rows and columns, from where on a pair is distant for `lds`
+
+
 def lds(field):
-    """Local against distant similarity (iREPA's measure of spatial structure): the mean cosine of token pairs nearer
-    than half the grid, in Manhattan distance, minus that of the others. (N, D, g, g) -> (N,), 0 where there are none
+    """Local against distant similarity (iREPA's measure of spatial structure): the mean cosine of neighbours in a row or
+    column, minus that of tokens at a Manhattan distance of 6 or more [code], on smaller grids at the largest there is.
+    (N, D, g, g) -> (N,), 0 for one token
     """
     u, side = F.normalize(field.float().flatten(2), dim=1), field.shape[-1]  # (N, D, T)
     line = torch.arange(side, device=u.device)
     at = torch.cartesian_prod(line, line)  # (T, 2)
     distance = (at[:, None] - at).abs().sum(2)  # (T, T)
-    radius = max(side / 2, 1.5)  # on a 2 x 2 grid, neighbours against the diagonal
-    cosines, near, far = u.mT @ u, (distance < radius) & (distance > 0), distance >= radius
+    cosines, near, far = u.mT @ u, distance == 1, distance >= max(1, min(DISTANT, 2 * (side - 1)))
     return (cosines * near).sum((1, 2)) / near.sum().clamp_min(1) - (cosines * far).sum((1, 2)) / far.sum().clamp_min(1)

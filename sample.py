@@ -953,7 +953,7 @@ def load_features(args, device):
     """`--features` as a function: images (N, 3, S, S) uint8 -> (N, D). Raises InputError where weights are missing."""
     if args.features != "inception":
         try:
-            encoder = load_encoder(args.features, device)
+            encoder = load_encoder(args.features, device, antialias=True)
         except ValueError as error:
             raise InputError(f"--features {args.features}: {error}; or use inception") from error
 

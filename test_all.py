@@ -31,11 +31,13 @@ import torchvision
 from PIL import Image
 
 import dct
+import dit
 import repa
 import sample
 import spectral_losses
 import train_diffusion
 import train_vae
+import uvit
 import vae
 from dct import DCTCodec, DCTStatistics, dct2, idct2
 from dit import DIT_SIZES, DiT
@@ -672,6 +674,77 @@ def test_networks_without_classes_and_bad_shapes():
             bad()
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_does_not_fit_a_network_is_one_clear_line(name):
+    net, maps = NETWORKS[name](), "maps" in name
+    shape, t, y = (3, 8, 8) if maps else (16, 6), torch.rand(2), torch.tensor([0, 5])
+    x = torch.randn(2, *shape)
+    net(x, t, y)  # 5 is the null class
+    net(x, t, y.int(), tap=net.depth)
+    other = NETWORKS[name.replace("maps", "tokens") if maps else name.replace("tokens", "maps")]
+    for call, said in [
+        (lambda: net(x, t), "y: .* missing"),
+        (lambda: net(x, t, torch.tensor([0, 6])), "y: class 6, .* 0 to 5"),
+        (lambda: net(x, t, torch.tensor([-1, 0])), "y: class -1, .* 0 to 5"),
+        (lambda: net(x, t, y.float()), "y: .*float32"),
+        (lambda: net(x, t, torch.tensor([True, False])), "y: .*bool"),
+        (lambda: net(x, t, y[:1]), r"y: .*\(1,\)"),
+        (lambda: net(x, t, y[:, None]), r"y: .*\(2, 1\)"),
+        (lambda: net(x, t, y, tap=0), f"tap 0: .* 1 to {net.depth}"),
+        (lambda: net(x, t, y, tap=net.depth + 1), f"tap {net.depth + 1}: .* 1 to {net.depth}"),
+        (lambda: net(torch.randn(2, shape[0] + 1, *shape[1:]), t, y), r"x \(2, .*takes \(N, "),
+        (lambda: net(torch.randn(2, *shape[:-1], 4), t, y), r"x \(2, .*takes \(N, "),
+        (lambda: other()(x, t, y), r"x \(2, .*takes \(N, "),
+    ]:
+        with pytest.raises(ValueError, match=f"^{said}"):
+            call()
+    bare = DiT(8, 4, 3, 8, 1, 1, num_classes=0) if name.startswith("dit") else UViT(8, 4, 3, 8, 2, 1)
+    with pytest.raises(ValueError, match="^y: .*without classes"):
+        bare(torch.randn(2, 3, 8, 8), t, y)
+    for network in (DiT, UViT):
+        for half in ({"num_tokens": 16}, {"token_dim": 6}):
+            with pytest.raises(ValueError, match="num_tokens .*token_dim"):
+                network(**half)
+    without = sample.build_network(dict(space="pixel", size=8, model="dit-nano/4", classes=["a", "b"], label_dropout=0.0))
+    with pytest.raises(ValueError, match="^y: class 2, .* 0 to 1"):  # no null class to drop to
+        without(torch.randn(2, 3, 8, 8), t, torch.tensor([0, 1]), drop=torch.tensor([True, False]))
+
+
+def examples_of(module):
+    """The lines of code in a module's first docstring."""
+    lines = [line[4:] for line in module.__doc__.splitlines() if line.startswith("    ")]
+    return [line for line in lines if not line.startswith("python ")]
+
+
+def test_docstring_examples_do_what_they_say(hub):
+    for module in (dit, uvit):
+        lines = examples_of(module)
+        assert len(lines) == 2
+        for line in lines:
+            before, after = re.search(r"# \(N, ([\d, ]+)\) -> (?:\(N, ([\d, ]+)\)|the same)$", line).groups()
+            before, after = (tuple(map(int, shape.split(", "))) for shape in (before, after or before))
+            with torch.device("meta"):
+                inputs = {"x": torch.empty(2, *before), "t": torch.empty(2), "y": torch.empty(2, dtype=torch.long)}
+                assert eval(line, vars(module) | inputs).shape == (2, *after)
+    with torch.device("meta"):
+        names = vars(vae) | {"images": torch.empty(2, 3, 256, 256)}
+        exec("\n".join(examples_of(vae)), names)
+    assert names["mean"].shape == names["logvar"].shape == (2, 4, 32, 32) and names["images"].shape == (2, 3, 256, 256)
+    names = vars(dct) | {"images": photos(2, 256)}
+    exec("\n".join(examples_of(dct)), names)
+    assert names["tokens"].shape == (2, 1024, 48) and names["images"].shape == (2, 3, 256, 256)
+    names = vars(spectral_losses) | {"images": photos(2, 64), "latents": torch.randn(2, 4, 16, 16), "l1": F.l1_loss}
+    names |= {"decode": lambda z: F.interpolate(z[:, :3], scale_factor=4)}
+    for line in examples_of(spectral_losses):
+        exec(line, names)
+        assert names["loss"].shape == () and names["loss"] > 0
+    load = repa.load_encoder
+    names = vars(repa) | {"load_encoder": lambda spec: load(f"{hub}:colours" if ":" in spec else spec)}
+    names |= {"images": photos(2, 64), "hidden": torch.randn(2, 256, 32), "projector": repa.ConvProjector(32, 36)}
+    exec("\n".join(examples_of(repa)), names)
+    assert names["target"].shape == (2, 256, 36) and names["loss"].shape == () and abs(names["loss"]) < 1
+
+
 def test_dit_drops_labels_itself_in_training_only():
     torch.manual_seed(0)
     net = randomised(NETWORKS["dit maps"]()).float()
@@ -947,7 +1020,7 @@ def test_dog_has_irepa_at_its_limits_and_constants_give_zero():
     for low, high in ((0, 2.0), (0.6, 2.0), (0, float("inf"))):
         for level in (1.0, -317.3, 0.1):
             assert repa.dog_target(torch.full((2, 25, 3), level), low, high).abs().max() < 1e-3
-        # a band-pass: neither a constant nor what is added by one gets through
+        # no constant gets through, alone or added
         assert torch.allclose(repa.dog_target(z + 5, low, high), repa.dog_target(z, low, high), atol=1e-4)
     for low, high in ((2.0, 1.0), (1.0, 1.0), (-1.0, 1.0)):
         with pytest.raises(ValueError, match="sigmas"):
@@ -995,16 +1068,36 @@ class Patches(torch.nn.Module):
         return {"x_norm_patchtokens": F.avg_pool2d(x, 14).flatten(2).mT, "x_norm_clstoken": x.mean((2, 3))}
 
 
+def cubic_by_loops(image, n):
+    """(C, m, m) -> (C, n, n) by Keys' cubic convolution (a = -0.75) of the four nearest pixels, edges repeated."""
+
+    def weight(d):
+        d = abs(d)
+        return 1.25 * d**3 - 2.25 * d**2 + 1 if d <= 1 else -0.75 * (d**3 - 5 * d**2 + 8 * d - 4) if d < 2 else 0.0
+
+    m, matrix = image.shape[-1], np.zeros((n, image.shape[-1]))
+    for i in range(n):
+        centre = (i + 0.5) * m / n - 0.5
+        for j in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
+            matrix[i, min(max(j, 0), m - 1)] += weight(centre - j)
+    return matrix @ image @ matrix.T
+
+
 def test_encoder_preprocessing():
     x, (mean, std) = photos(2, 48), (torch.tensor(v).view(3, 1, 1) for v in (repa.IMAGENET_MEAN, repa.IMAGENET_STD))
+    x = x + 0.2 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))  # detail that antialiasing would take
     for asked, side in ((224, 16), (448, 32), (100, 7)):
         net = Patches()
         tokens, summary = repa.Encoder(net, asked)(x)
         assert net.seen.shape == (2, 3, 14 * side, 14 * side) and tokens.shape == (2, side**2, 3) and summary.shape == (2, 3)
-        pixels = ((x[0] + 1) * 127.5).round().permute(1, 2, 0).byte().numpy()
-        up = np.asarray(Image.fromarray(pixels).resize((14 * side, 14 * side), Image.Resampling.BICUBIC)) / 255
-        oracle = (torch.from_numpy(up).permute(2, 0, 1) - mean) / std
-        assert (net.seen[0] - oracle).abs().mean() < 0.02
+        oracle = (torch.from_numpy(cubic_by_loops((x[0].double().numpy() + 1) / 2, 14 * side)) - mean) / std
+        assert (net.seen[0] - oracle).abs().max() < 1e-4
+    # scores ask for antialiasing, as Pillow does it
+    net, small = Patches(), x.clamp(-1, 1)
+    repa.Encoder(net, 28, antialias=True)(small)
+    pixels = Image.fromarray(((small[0] + 1) * 127.5).round().permute(1, 2, 0).byte().numpy())
+    down = torch.from_numpy(np.asarray(pixels.resize((28, 28), Image.Resampling.BICUBIC)) / 255).permute(2, 0, 1)
+    assert (net.seen[0] - (down - mean) / std).abs().mean() < 0.02
     assert not any(p.requires_grad for p in repa.Encoder(Colours()).parameters())
     for features in ({"x_norm_clstoken": x}, x, {"x_norm_patchtokens": x}):
         net = torch.nn.Identity()
@@ -1054,13 +1147,15 @@ def test_projectors_loss_and_lds():
     cosines = (a * b).sum(2) / np.linalg.norm(a, axis=2) / np.linalg.norm(b, axis=2)
     np.testing.assert_allclose(repa.alignment_loss(hidden[..., :7], z).numpy(), -cosines.mean(1), atol=1e-6)
     assert torch.allclose(repa.alignment_loss(3 * z, z), -torch.ones(2))
-    u, near, far = b[0] / np.linalg.norm(b[0], axis=1, keepdims=True), [], []
-    for i in range(16):
-        for j in range(16):
-            apart = abs(i // 4 - j // 4) + abs(i % 4 - j % 4)
-            if i != j:
-                (near if apart < 2 else far).append(u[i] @ u[j])
-    assert abs(repa.lds(repa.as_map(z))[0].item() - (np.mean(near) - np.mean(far))) < 1e-6
+    for side, least in ((8, 6), (5, 6), (4, 6), (3, 4), (2, 2)):  # the largest distance on a grid is 2 (side - 1)
+        z = torch.randn(2, side**2, 7, generator=g) + torch.randn(7, generator=g)
+        u, near, far = F.normalize(z[1].double(), dim=1).numpy(), [], []
+        for i in range(side**2):
+            for j in range(side**2):
+                apart = abs(i // side - j // side) + abs(i % side - j % side)
+                near += [u[i] @ u[j]] * (apart == 1)
+                far += [u[i] @ u[j]] * (apart >= least)
+        assert abs(repa.lds(repa.as_map(z))[1].item() - (np.mean(near) - np.mean(far))) < 1e-6
     noise = torch.randn(4, 8, 16, 16, generator=g)
     assert (repa.lds(repa.blur(noise, 2.0)) > 0.3).all() and repa.lds(noise).abs().max() < 0.05
     for side in (1, 2, 3, 5):
@@ -2059,7 +2154,7 @@ def test_training_an_autoencoder_lowers_its_losses(data, hub, tmp_path, name):
 def test_autoencoder_n_and_n_steps_equal_2n_with_everything_on(data, lpips_files, tmp_path):
     """With GAN, LPIPS, EMA and a sum of regularizers; then two processes, and parts of a batch, equal one."""
     files = f"--lpips-vgg {lpips_files[0]} --lpips-heads {lpips_files[1]} --lpips-weight 0.5"
-    flags = f"--data {data} --size 32 --lr 1e-5 --regularizer esm+dsm+kl --gan-weight 0.5 --gan-start 1 --ema 0.9 {files}"
+    flags = f"--data {data} --size 32 --lr 1e-5 --warmup 3 --regularizer esm+dsm+kl --gan-weight 0.5 --gan-start 1 --ema 0.9 {files}"
     autoencode(f"{flags} --out {tmp_path}/whole --steps 4")
     for steps in (2, 4):
         autoencode(f"{flags} --out {tmp_path}/halves --steps {steps}")
@@ -2071,6 +2166,8 @@ def test_autoencoder_n_and_n_steps_equal_2n_with_everything_on(data, lpips_files
         ["loss", "lpips"], ["gan", "gan_balance", "loss", "lpips"], ["discriminator"],
         ["gan", "gan_balance", "loss", "lpips"]]  # fmt: skip
     assert 0 < lines[1]["gan_balance"] <= 1e4
+    # the warm-up of three steps is each optimizer's own: the autoencoder's third is the run's fourth
+    np.testing.assert_allclose([line["lr"] for line in lines], np.array([1 / 3, 2 / 3, 1 / 3, 1]) * 1e-5)
     result = metrics(tmp_path / "whole", "evaluation")[0]["evaluation"]
     assert result["lpips"] > 0
     command(f"train_vae.py {TINY_VAE} {flags} --out {tmp_path}/two --steps 4", processes=2)
@@ -2079,6 +2176,23 @@ def test_autoencoder_n_and_n_steps_equal_2n_with_everything_on(data, lpips_files
     for key in ("loss", "discriminator", "gan_balance", "grad_norm"):
         np.testing.assert_allclose(*([line.get(key, 0) for line in lines] for lines in both), rtol=2e-3)
     assert all(distance(a[k], two[k]) < 1e-4 for k in ("model", "ema", "discriminator"))
+
+
+@pytest.mark.parametrize("decay", ["none", "linear"])
+def test_each_optimizer_warms_up_over_its_own_steps(decay):
+    flags = f"--steps 40 --lr 8 --warmup 8 --lr-decay {decay} --gan-weight 0.5"
+    for start in (0, 5, 20, 99):
+        args, taken, alternating = train_vae.make_parser().parse_args(f"{flags} --gan-start {start}".split()), [0, 0], 0
+        for step in range(40):  # counted one by one, as the authors' loop does
+            critic = step >= start and alternating % 2 == 1
+            alternating += step >= start
+            rate = min(8, taken[critic] + 1) * (1 - step / 40 if decay == "linear" else 1)
+            taken[critic] += 1
+            ours = train_vae.turn(args, step)
+            assert ours == (critic, taken[critic] - 1)
+            assert abs(train_diffusion.learning_rate(step, args, ours[1]) - rate) < 1e-9
+    args.gan_weight = 0.0  # no discriminator: its start means nothing
+    assert [train_vae.turn(args, step) for step in (98, 99, 100)] == [(False, 98), (False, 99), (False, 100)]
 
 
 def test_autoencoder_killed_is_resumed_and_eq_is_the_same_on_two_processes(tmp_path):
@@ -2310,6 +2424,26 @@ def test_latent_cache(autoencoders, data, tmp_path, capsys):
     command(f"train_vae.py --device cpu --workers 0 --encode {data} --ckpt {autoencoders}/kl --out {tmp_path}/two", processes=2)
     two = train_diffusion.Cache(tmp_path / "two")
     assert np.abs(two.values.astype(float) - one.values).max() < 0.01 and (two.labels == one.labels).all()
+
+
+def test_moments_are_encoded_in_float32_whatever_amp_says(autoencoders, data, tmp_path, monkeypatch):
+    real, seen, cudnn, matmul = vae.VAE.encode, [], torch.backends.cudnn, torch.backends.cuda.matmul
+
+    def watched(self, x):
+        moments = real(self, x)
+        seen.append((cudnn.allow_tf32, matmul.allow_tf32, moments[0].dtype))
+        return moments
+
+    monkeypatch.setattr(vae.VAE, "encode", watched)
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    try:
+        for amp in ("off", "bf16"):
+            cudnn.allow_tf32 = matmul.allow_tf32 = True
+            looking(f"--encode {data} --ckpt {autoencoders}/esm --amp {amp} --out {tmp_path}/{amp}")
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
+    assert (tmp_path / "off").read_bytes() == (tmp_path / "bf16").read_bytes()
+    assert set(seen) == {(False, False, torch.float32)}
 
 
 def test_latent_cache_is_resumed_and_skips_unreadable_images(autoencoders, tmp_path, monkeypatch, capsys):
@@ -2617,6 +2751,13 @@ def test_alignment_lowers_both_losses_and_sampling_needs_no_projector(latents, d
     torch.save(state, run / "checkpoint.pt")
     sampling(f"{run} --n 3 --steps 3 --out {tmp_path}/without")
     assert_same_images(tmp_path / "with", tmp_path / "without", 3, tolerance=0)
+
+
+def test_weight_of_the_alignment_follows_the_method():
+    for flags, weight in (("repa", 0.5), ("irepa", 1.0), ("dog", 1.0), ("irepa --repa-weight 0.25", 0.25)):
+        args = train_diffusion.make_parser().parse_args(f"--encoder hog --repa {flags}".split())
+        train_diffusion.complete(args)
+        assert args.repa_weight == weight
 
 
 def test_alignment_changes_nothing_else_and_weight_zero_is_none(data, hub, tmp_path):

@@ -549,9 +549,11 @@ def draw_step(args, step, share, diffusion, device):
     return t, eps, drop, posterior
 
 
-def learning_rate(step, args):
-    """Linear warm-up, then constant or falling linearly to zero at the last step."""
-    rate = args.lr * min(1, (step + 1) / max(args.warmup, 1))
+def learning_rate(step, args, taken=None):
+    """Linear warm-up over an optimizer's own steps (`taken` before this one; left out, all), then constant or falling
+    linearly to zero at the last step of the run.
+    """
+    rate = args.lr * min(1, ((step if taken is None else taken) + 1) / max(args.warmup, 1))
     return rate * (1 - step / args.steps) if args.lr_decay == "linear" else rate
 
 
@@ -750,6 +752,7 @@ MAY_CHANGE = set("steps device workers compile log_every eval_every save_every f
                  "val features features_weights lpips_vgg lpips_heads eval_images eval_only spectrum encode ckpt "
                  "latents vae cache_targets rmsc".split())  # fmt: skip
 ALIGNMENT_DEPTH = 8  # at most, of the tap: of REPA's SiT-L and XL; 4 of 12 blocks in its SiT-B
+ALIGNMENT_WEIGHT = {"repa": 0.5, "irepa": 1.0, "dog": 1.0}  # [code]; dog's, which builds on iREPA's recipe, is [ours]
 ALIGNMENT_WIDTH = {True: 512, False: 2048}  # of repa's projector: nano and tiny models [ours], others [code]
 
 
@@ -816,8 +819,8 @@ def complete_alignment(args, depth, tiny):
     if args.cache_targets and args.repa and Path(args.cache_targets).exists():
         used["encoder"] = Cache(args.cache_targets, kind="tokens").header["encoder"]
     if args.repa:
-        used |= {"repa_depth": max(1, min(ALIGNMENT_DEPTH, depth // 3)), "repa_weight": 0.5, "repa_stop": None,
-                 "cache_targets": None}  # fmt: skip
+        used |= {"repa_depth": max(1, min(ALIGNMENT_DEPTH, depth // 3)), "repa_stop": None,
+                 "repa_weight": ALIGNMENT_WEIGHT[args.repa], "cache_targets": None}  # fmt: skip
     if args.repa == "repa":
         used["repa_width"] = ALIGNMENT_WIDTH[tiny]
     if args.repa == "dog" or args.rmsc:
@@ -1509,16 +1512,17 @@ def make_parser():
         help="share of labels made the null class (default: 0.1)",
     )
     add("--repa", choices=("repa", "irepa", "dog"),
-        help="align hidden tokens to an encoder's: raw, spatially normalised, or band-passed (default: off)")  # fmt: skip
+        help="align hidden tokens to an encoder's: raw, spatially normalised, or without their low spatial frequencies "
+        "(default: off)")  # fmt: skip
     add("--encoder", metavar="SPEC",
         help="hog, or a torch.hub entry REPO:ENTRY, REPO a local folder or on GitHub (default: "
         "facebookresearch/dinov2:dinov2_vitb14)")  # fmt: skip
     add("--repa-depth", type=int, metavar="K",
         help="the block after which tokens are aligned (default: a third of the network, at most 8)")  # fmt: skip
-    add("--repa-weight", type=float, metavar="W", help="of the alignment loss (default: 0.5)")
+    add("--repa-weight", type=float, metavar="W", help="of the alignment loss (default: 0.5 for repa, 1 for irepa and dog)")
     add("--repa-stop", type=int, metavar="STEP", help="align no longer from this step on (default: never)")
     add("--repa-sigmas", type=float, nargs=2, metavar=("S1", "S2"),
-        help="of dog, in tokens; S1 may be 0, S2 inf (default: {:g} {:g})".format(*DOG_SIGMAS))  # fmt: skip
+        help="of dog, in tokens; S1 above 0 makes it a band-pass, S2 may be inf (default: {:g} {:g})".format(*DOG_SIGMAS))  # fmt: skip
     add("--repa-width", type=int, metavar="N",
         help="width of repa's projector (default: 512 for nano or tiny models, 2048 for others)")  # fmt: skip
     add("--cache-targets", metavar="FILE", help="keep the encoder's tokens of all images and mirror images in this file, "

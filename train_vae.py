@@ -454,14 +454,21 @@ def wrap(parts, args, processes):
     parts.wrapped_discriminator = processes.wrap(parts.discriminator) if parts.discriminator else None
 
 
-def train_step(args, parts, processes, images, step, share, micro, context, scaler, log):
-    """Forward and backward of this process's share of a step. images (n, 3, S, S) in [-1, 1] -> whether it was the
-    discriminator's: from the start of the GAN on, steps alternate [code].
+def turn(args, step):
+    """Whose step it is: from the start of the GAN on, autoencoder and discriminator alternate [code] -> (whether the
+    discriminator's, how many steps its optimizer has taken before).
     """
+    since = step - args.gan_start
+    if not args.gan_weight or since < 0:
+        return False, step
+    return since % 2 == 1, since // 2 + (0 if since % 2 else args.gan_start)
+
+
+def train_step(args, parts, processes, images, step, share, micro, context, scaler, log):
+    """Forward and backward of this process's share of a step. images (n, 3, S, S) in [-1, 1]"""
     latent = args.size // parts.vae.factor
     side, views = draw_views(parts.terms, args.se_weight, args.seed, step, latent, parts.vae.factor)
-    gan = bool(args.gan_weight) and step >= args.gan_start
-    critic = gan and (step - args.gan_start) % 2 == 1
+    gan, (critic, _) = bool(args.gan_weight) and step >= args.gan_start, turn(args, step)
     small = side // parts.vae.factor
     noise = image_noise(args.seed, step, 7, share, (parts.vae.latent_channels, small, small), images.device)
     if parts.discriminator:
@@ -476,7 +483,6 @@ def train_step(args, parts, processes, images, step, share, micro, context, scal
                 else:
                     loss = autoencoder_loss(args, parts, x, noise[part], views, log, gan)
             scaler.scale(loss / args.grad_accum).backward()
-    return critic
 
 
 def benchmark_vae(args, images, parts, processes, amp):
@@ -604,13 +610,14 @@ def main(args):
     batches = load(store.batches(order, range(step, args.steps), share), step, args, share, device)
     for _, flip, pixels, _, _ in log.timed(prefetch(batches)):
         x = mirrored(pixels, flip).contiguous(memory_format=layout(device))  # (N, 3, S, S)
-        critic = train_step(args, parts, processes, x, step, share, micro, amp, scaler, log)
+        train_step(args, parts, processes, x, step, share, micro, amp, scaler, log)
+        critic, taken = turn(args, step)
         trained = critic_optimizer if critic else optimizer
         for group in trained.param_groups:
-            group["lr"] = learning_rate(step, args)
+            group["lr"] = learning_rate(step, args, taken)
         take_step(trained, scaler, log, args, dtype)
         if ema and not critic:
-            update_ema(ema, vae, step, args.ema)
+            update_ema(ema, vae, taken, args.ema)
         step += 1
         # log
         log.end_step(step, trained.param_groups[0]["lr"])
@@ -639,7 +646,7 @@ def main(args):
 def describe(args, parts, side):
     words = [args.reconstruction.upper()]
     words += [f"{args.lpips_weight:g} LPIPS"] * bool(parts.lpips)
-    words += [f"{args.gan_weight:g} adaptive GAN from step {args.gan_start}"] * bool(args.gan_weight)
+    words += [f"{args.gan_weight:g} adaptive GAN from step {args.gan_start + 1}"] * bool(args.gan_weight)
     known = {
         "kl": f"{args.kl_weight:g} KL",
         "esm": f"{args.esm_weight:g} ESM (delta {args.esm_delta:g}, {'' if args.esm_blur else 'not '}blurred)",
@@ -816,12 +823,16 @@ def encode_data(args):
         "kind": "moments", "shape": [len(images), 2, 2 * vae.latent_channels, *2 * [size // vae.factor]], "scale": None,
         "factor": vae.factor, "autoencoder": info["weights"], "preset": info["config"].get("preset"), "vae": args.ckpt,
     }  # fmt: skip
+<<<<<<< HEAD
     amp = autocast(args.amp, processes.device)[0]
+=======
+    # float32, whatever --amp: a posterior's std may be less than a half-precision rounding of its mean
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+>>>>>>> settings
 
     def encode(x):
         views = (view.contiguous(memory_format=layout(x.device)) for view in (x, x.flip(-1)))
-        with amp():
-            return torch.stack([torch.cat(vae.encode(view), 1).float() for view in views], 1)
+        return torch.stack([torch.cat(vae.encode(view), 1) for view in views], 1)
 
     def measure_scale(cache):
         good, statistics = cache.indices, LatentStatistics()
@@ -870,7 +881,7 @@ def make_parser():
     add("--lpips-heads", metavar="FILE", help="the weights of LPIPS's heads (default: torch.hub's folder, downloaded)")
     add("--gan-weight", type=float, metavar="W",
         help=f"of the GAN, beside its adaptive weight, 0 for none {both('gan_weight')}")  # fmt: skip
-    add("--gan-start", type=int, default=50_000, metavar="STEP", help="where the GAN starts (default: 50000)")
+    add("--gan-start", type=int, default=50_000, metavar="STEP", help="steps before the GAN starts (default: 50000)")
     add("--features", metavar="SPEC", help=f"of rFID: inception, REPO:ENTRY or none {both('features')}")
     add("--features-weights", metavar="FILE", help="local Inception weights (default: torch-fidelity downloads them)")
     add("--eval-images", type=int, metavar="N",

@@ -4,10 +4,11 @@ Time and class are tokens like the patches; the first half of the blocks hands i
 State-dict keys, shapes and outputs equal the published networks', so their checkpoints load with strict=True;
 beside maps it reads tokens, as DCTdiff does:
 
-    UViT(img_size=32, patch_size=2, in_chans=4, num_classes=1001, conv=False, **UVIT_SIZES["h"])(x, t, y)
-    UViT(num_tokens=1024, token_dim=48, **UVIT_SIZES["s"])(x, t)                   # x (N, 1024, 48)
+    UViT(32, 2, 4, num_classes=1001, conv=False, **UVIT_SIZES["h"])(x, t, y)      # (N, 4, 32, 32) -> the same
+    UViT(num_tokens=1024, token_dim=48, **UVIT_SIZES["s"])(x, t)                  # (N, 1024, 48) -> the same
 
-`t` is scaled time, 999 t in all published networks. `num_classes` counts the null class, its last row.
+`t` is scaled time, 999 t in all published networks. `num_classes` counts the null class, its last row, where there is
+one.
 """
 
 import math
@@ -15,7 +16,8 @@ import math
 import torch
 import torch.nn as nn
 
-from dit import Attention, Mlp, PatchEmbed, sincos_positions, timestep_features, unpatchify
+from dit import (Attention, Mlp, PatchEmbed, check_call, check_labels, sincos_positions, takes_maps, timestep_features,
+                 unpatchify)  # fmt: skip
 
 UVIT_SIZES = {  # paper, table 1, and M of the CIFAR-10 / DCTdiff settings; "nano" and "tiny" are for CPUs
     "nano": dict(embed_dim=128, depth=6, num_heads=4, sincos_init=True),
@@ -49,14 +51,15 @@ class UViT(nn.Module):
     """Arguments keep their published names and meaning; give `num_tokens` and `token_dim` for token input instead
     of `img_size`, `patch_size`, `in_chans` and `conv`. `num_classes` <= 0 means no label table. `skip` False leaves
     the long skips out. `sincos_init` starts the learned positions at DiT's sine-cosine ones: on a short training budget
-    they need not be found first. Raises ValueError where the patch does not divide the image.
+    they need not be found first. Raises ValueError where the patch does not divide the image, or where one of
+    `num_tokens` and `token_dim` is missing.
     """
 
     def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0,
                  qkv_bias=False, mlp_time_embed=False, num_classes=-1, conv=True, skip=True,
                  num_tokens=None, token_dim=None, sincos_init=False):  # fmt: skip
         super().__init__()
-        maps = token_dim is None
+        maps = takes_maps(num_tokens, token_dim)
         if maps:
             if img_size % patch_size:
                 raise ValueError(f"patch {patch_size} does not divide the image size {img_size}")
@@ -75,6 +78,8 @@ class UViT(nn.Module):
             )
         if num_classes > 0:
             self.label_emb = nn.Embedding(num_classes, embed_dim)
+        self.input_shape = (in_chans, img_size, img_size) if maps else (num_tokens, token_dim)
+        self.num_labels = max(0, num_classes)
         self.extras = 2 if num_classes > 0 else 1
         self.pos_embed = nn.Parameter(torch.zeros(1, self.extras + num_tokens, embed_dim))
         half, block = depth // 2, (embed_dim, num_heads, mlp_ratio, qkv_bias)
@@ -96,20 +101,24 @@ class UViT(nn.Module):
 
     @property
     def null_class(self):
-        """Index of the label that means "no class", or None where there are no classes."""
+        """Index of the label that means "no class" where there is one, the last; None where there are no classes."""
         return self.num_classes - 1 if self.num_classes > 0 else None
 
     def forward(self, x, t, y=None, drop=None, tap=None):
         """x (N, C, H, W) or (N, L, token_dim), t (N,) scaled time, y (N,) classes -> same shape as x.
 
         `drop` (N,) bool replaces those labels by the null class. `tap` k >= 1 also returns the hidden tokens
-        (N, L, D) after block k, counted through the whole network (the middle one is depth // 2 + 1).
+        (N, L, D) after block k, counted through the whole network (the middle one is depth // 2 + 1). Raises ValueError
+        where x, y or tap do not fit; a class out of range is looked for on the CPU alone.
         """
+        check_call(self, x, y, tap)
         maps = x.ndim == 4
         x = self.patch_embed(x) if maps else self.proj(x)  # (N, L, D)
         extras = [self.time_embed(timestep_features(t, self.embed_dim).to(self.pos_embed.dtype))]
         if self.num_classes > 0:
-            extras.insert(0, self.label_emb(y if drop is None else torch.where(drop, self.null_class, y)))
+            y = y if drop is None else torch.where(drop, self.null_class, y)
+            check_labels(y, self.num_labels)
+            extras.insert(0, self.label_emb(y))
         x = torch.cat((torch.stack(extras, 1), x), 1) + self.pos_embed  # (N, extras + L, D)
 
         skips, hidden = [], None
