@@ -823,12 +823,8 @@ def encode_data(args):
         "kind": "moments", "shape": [len(images), 2, 2 * vae.latent_channels, *2 * [size // vae.factor]], "scale": None,
         "factor": vae.factor, "autoencoder": info["weights"], "preset": info["config"].get("preset"), "vae": args.ckpt,
     }  # fmt: skip
-<<<<<<< HEAD
-    amp = autocast(args.amp, processes.device)[0]
-=======
     # float32, whatever --amp: a posterior's std may be less than a half-precision rounding of its mean
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
->>>>>>> settings
+    torch.backends.cudnn.allow_tf32 = False
 
     def encode(x):
         views = (view.contiguous(memory_format=layout(x.device)) for view in (x, x.flip(-1)))
