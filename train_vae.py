@@ -411,6 +411,9 @@ def complete(args):
         raise InputError(f"--regularizer se at --size {args.size}: a latent of {latent} cannot be halved; --size 64 does")
     if "vf" in terms and not args.encoder:
         raise InputError("--regularizer vf: needs --encoder REPO:ENTRY, such as facebookresearch/dinov2:dinov2_vitb14")
+    if "eq" in terms and args.compile:
+        raise InputError("--compile: eq shows the network images of nearly as many sizes as there are steps, each of which "
+                         "would be compiled anew; leave --compile out")  # fmt: skip
     smallest = least_latent(latent, factor) * factor if "eq" in terms else args.size
     if args.gan_weight and smallest < PatchGAN().least_size:
         raise InputError(f"--gan-weight {args.gan_weight:g}: the discriminator would see {smallest} pixels and needs "
@@ -447,9 +450,8 @@ def wrap(parts, args, processes):
         import torch._functorch.config
 
         torch._functorch.config.donated_buffer = False
-        varying = True if {"eq", "se"} & parts.terms else None  # views of many sizes: compiled once, for all of them
-        parts.one_pass.encode = torch.compile(parts.vae.encode, dynamic=varying)
-        parts.one_pass.decode = torch.compile(parts.vae.decode, dynamic=varying)
+        parts.one_pass.encode = torch.compile(parts.vae.encode, dynamic=False)  # se's views have three sizes
+        parts.one_pass.decode = torch.compile(parts.vae.decode, dynamic=False)
     parts.wrapped = processes.wrap(parts.one_pass)
     parts.wrapped_discriminator = processes.wrap(parts.discriminator) if parts.discriminator else None
 
