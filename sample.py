@@ -483,7 +483,8 @@ def build_network(config):
     if network is DiT:
         kwargs |= dict(num_classes=classes, learn_sigma=False, class_dropout_prob=config["label_dropout"])
     else:
-        kwargs |= dict(num_classes=classes + 1 if classes else -1)  # U-ViT counts the null class
+        null = config["label_dropout"] > 0  # U-ViT counts the null class
+        kwargs |= dict(num_classes=classes + null if classes else -1)
     if config["space"] == "dct":
         if patch:
             raise InputError(f"--model {config['model']}: in DCT space a token is one 2B x 2B area; leave /{patch} out")

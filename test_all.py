@@ -726,11 +726,12 @@ def test_docstring_examples_do_what_they_say(hub):
             with torch.device("meta"):
                 inputs = {"x": torch.empty(2, *before), "t": torch.empty(2), "y": torch.empty(2, dtype=torch.long)}
                 assert eval(line, vars(module) | inputs).shape == (2, *after)
-    with torch.device("meta"):
-        names = vars(vae) | {"images": torch.empty(2, 3, 256, 256)}
+    thin = dict(widths=(32, 32, 32, 32), latent_channels=4, num_res_blocks=1)  # f8d4 but for its cost
+    names = vars(vae) | {"PRESETS": {"f8d4": thin}, "images": torch.rand(1, 3, 256, 256)}
+    with torch.no_grad():
         exec("\n".join(examples_of(vae)), names)
-    assert names["mean"].shape == names["logvar"].shape == (2, 4, 32, 32) and names["images"].shape == (2, 3, 256, 256)
-    names = vars(dct) | {"images": photos(2, 256)}
+    assert names["mean"].shape == names["logvar"].shape == (1, 4, 32, 32) and names["images"].shape == (1, 3, 256, 256)
+    names = vars(dct) | {"images": torch.rand(2, 3, 256, 256)}
     exec("\n".join(examples_of(dct)), names)
     assert names["tokens"].shape == (2, 1024, 48) and names["images"].shape == (2, 3, 256, 256)
     names = vars(spectral_losses) | {"images": photos(2, 64), "latents": torch.randn(2, 4, 16, 16), "l1": F.l1_loss}
@@ -1744,6 +1745,22 @@ def test_sample_i_depends_on_seed_and_i_alone(trained, tmp_path, capsys):
     assert (tmp_path / "grid.png").exists() and "no-ema" in capsys.readouterr().out
 
 
+def test_uvit_without_label_dropout_has_no_null_class(data, tmp_path):
+    train(f"--data {data} --model uvit-nano --label-dropout 0 --out {tmp_path}/run --steps 2")
+    state = checkpoint(tmp_path / "run")
+    assert state["model"]["label_emb.weight"].shape[0] == 3  # as of the published ImageNet 64: one row a class
+    sampling(f"{tmp_path}/run --n 3 --steps 2 --out {tmp_path}/out")
+    with pytest.raises(InputError, match="--guidance 2.0: .*knows no null class"):
+        sampling(f"{tmp_path}/run --n 3 --steps 2 --guidance 2 --out {tmp_path}/guided")
+    for weights in (state["model"], state["ema"]):  # a run of the time when there was one all the same
+        weights["label_emb.weight"] = torch.cat((weights["label_emb.weight"], torch.zeros(1, 128)))
+    torch.save(state, tmp_path / "run" / "checkpoint.pt")
+    with pytest.raises(InputError, match="another architecture than this UViT: .*label_emb"):
+        sampling(f"{tmp_path}/run --n 1 --out {tmp_path}/old")
+    with pytest.raises(InputError, match="another architecture than this UViT: .*label_emb"):
+        train(f"--data {data} --model uvit-nano --label-dropout 0 --out {tmp_path}/run --steps 4")
+
+
 def test_sampling_without_classes(tmp_path, capsys):
     data = write_photos(tmp_path / "data", 4)
     train(f"--data {data} --out {tmp_path}/run --steps 1")
@@ -2154,7 +2171,8 @@ def test_training_an_autoencoder_lowers_its_losses(data, hub, tmp_path, name):
 def test_autoencoder_n_and_n_steps_equal_2n_with_everything_on(data, lpips_files, tmp_path):
     """With GAN, LPIPS, EMA and a sum of regularizers; then two processes, and parts of a batch, equal one."""
     files = f"--lpips-vgg {lpips_files[0]} --lpips-heads {lpips_files[1]} --lpips-weight 0.5"
-    flags = f"--data {data} --size 32 --lr 1e-5 --warmup 3 --regularizer esm+dsm+kl --gan-weight 0.5 --gan-start 1 --ema 0.9 {files}"
+    flags = f"--data {data} --size 32 --lr 1e-5 --warmup 3 --regularizer esm+dsm+kl --gan-weight 0.5 --gan-start 1 {files}"
+    flags += " --ema 0.9"
     autoencode(f"{flags} --out {tmp_path}/whole --steps 4")
     for steps in (2, 4):
         autoencode(f"{flags} --out {tmp_path}/halves --steps {steps}")
@@ -2583,7 +2601,7 @@ def latents(autoencoders, data, tmp_path_factory):
     return file
 
 
-FIRST_CELL = [("dit-nano/1", "flow", "x0", ""), ("uvit-nano/1", "vp", "eps", "--no-classes"),
+FIRST_CELL = [("dit-nano/1", "flow", "x0", ""), ("uvit-nano/1", "vp-sd", "eps", "--no-classes"),
               ("uvit-nano", "flow", "v", "--classes"), ("dit-nano/1", "vp", "x0", "")]  # fmt: skip
 
 
@@ -2614,6 +2632,30 @@ def test_latent_diffusion_trains_and_samples(latents, data, tmp_path, capsys, mo
     assert "scale" in capsys.readouterr().out
     train(given)
     assert "finished" in capsys.readouterr().out
+
+
+def test_stable_diffusion_schedule_trains_resumes_and_samples(latents, tmp_path):
+    flags = f"--latents {latents} --model uvit-nano --path vp-sd --no-classes"
+    for name, steps in (("whole", 4), ("halves", 2), ("halves", 4)):
+        train(f"{flags} --predict eps --out {tmp_path}/{name} --steps {steps}")
+    a, b = (checkpoint(tmp_path / name) for name in ("whole", "halves"))
+    assert a["config"]["path"] == "vp-sd" and distance(a, b) == 0
+    sampling(f"{tmp_path}/whole --n 2 --steps 2 --sampler ddim --out {tmp_path}/made")
+    # every prediction learns and is sampled by every sampler
+    config = a["config"] | dict(space="pixel", size=8, model="uvit-nano/4", classes=["a", "b"])
+    x0, eps, t, y = photos(2, 8), torch.randn(2, 3, 8, 8), torch.tensor([0.2, 1.0]), torch.tensor([0, 1])
+    for predict in sample.PREDICTIONS:
+        diffusion = sample.Diffusion(config | {"predict": predict})
+        loss, _ = train_diffusion.diffusion_loss(diffusion, diffusion.network, x0, eps, t, y)
+        assert loss.shape == (2,) and loss.isfinite().all()
+        for sampler in SAMPLERS["vp-sd"]:
+            images = sample.generate(diffusion, [0, 1], 0, "cpu", y, sampler, 2, guidance=2.0)
+            assert images.shape == x0.shape and images.isfinite().all()
+    # in DCT space, SNR scaling is that of the vp path
+    for path in ("vp", "vp-sd"):
+        args = train_diffusion.make_parser().parse_args(f"--model uvit-s --size 64 --path {path}".split())
+        train_diffusion.complete(args)
+        assert args.snr_scale == 4
 
 
 def test_one_pair_encodes_and_decodes(latents, autoencoders, data):
@@ -3102,15 +3144,61 @@ def test_stable_diffusion_schedule():
     assert torch.allclose(path.beta(T), -slope, rtol=1e-9)
 
 
-def test_documented_commands_are_understood():
-    """Every command line of README.md and of the programs' first lines parses, and its settings fit together."""
+def documented(pattern=""):
+    """The commands of README.md and of the programs' first lines -> [(program, its arguments, the line's flags)]"""
     programs = {"train_diffusion": train_diffusion, "train_vae": train_vae, "sample": sample}
     text = "".join([(HERE / "README.md").read_text(), *(program.__doc__ for program in programs.values())])
     text = text.replace("\\\n", " ")
-    pattern = r"(?:python|torchrun --nproc_per_node=\d+) (train_diffusion|train_vae|sample)\.py *([^\n`#;&)]*)"
-    lines = re.findall(pattern, text)
+    command = r"(?:python|torchrun --nproc_per_node=\d+) (train_diffusion|train_vae|sample)\.py *([^\n`#;&)]*)"
+    lines = re.findall(command, text)
     assert len(lines) > 20 and {program for program, _ in lines} == set(programs)
-    for program, flags in lines:
-        args = programs[program].make_parser().parse_args(flags.split())
-        if program != "sample" and "--eval-only" not in flags and not re.search("--(spectrum|encode) ", flags):
-            programs[program].complete(args)
+    return [(programs[program], programs[program].make_parser().parse_args(flags.split()), flags)
+            for program, flags in lines if re.search(pattern, flags)]  # fmt: skip
+
+
+def test_documented_commands_are_understood():
+    """Every command line of README.md and of the programs' first lines parses, and its settings fit together."""
+    for program, args, flags in documented():
+        if program != sample and "--eval-only" not in flags and not re.search("--(spectrum|encode) ", flags):
+            program.complete(args)
+
+
+def test_published_settings_are_what_the_documented_commands_do():
+    """The authors' tables, row by row: block, keep, c, network, learning rate, batch, label dropout of DCTdiff ..."""
+    known = {
+        ("cifar10", 32): (2, 4, 2, "uvit-m", 2e-4, 256), ("celeba.zip", 64): (2, 4, 4, "uvit-s", 2e-4, 256),
+        ("imagenet/train", 64): (2, 4, 4, "uvit-m", 3e-4, 1024), ("ffhq.zip", 128): (4, 9, 4, "uvit-s", 2e-4, 256),
+        ("ffhq.zip", 256): (4, 8, 4, "uvit-m", 2e-4, 256), ("ffhq.zip", 512): (8, 18, 12, "uvit-m", 1e-4, 128),
+        ("afhq.zip", 512): (8, 18, 12, "uvit-m", 1e-4, 128),
+    }  # fmt: skip
+    common = ("betas", "weight_decay", "warmup", "lr_decay", "ema")
+    adamw = [[0.99, 0.99], 0.03, 5000, "none", 0.9999]
+    for _, args, flags in documented(r"--model uvit-[sm]( |$)"):
+        if (args.data, args.size) not in known:
+            continue
+        train_diffusion.complete(args)
+        found = args.block, args.keep, args.snr_scale, args.model, args.lr, args.batch
+        assert found == known.pop((args.data, args.size))
+        assert args.clip == 0 and [getattr(args, name) for name in common] == adamw
+        assert (args.space, args.path, args.predict, args.t_sampling, args.ebfr) == ("dct", "vp", "eps", "uniform", True)
+        assert args.classes is False or (args.data, args.label_dropout) == ("imagenet/train", 0)
+    assert not known
+    # ... of U-ViT on latents, and of REPA's SiT
+    ((_, args, _),) = documented("--latents celeba-hq.latents")
+    train_diffusion.complete(args)
+    assert [getattr(args, name) for name in common] == adamw and (args.lr, args.batch, args.clip) == (2e-4, 256, 0)
+    assert (args.path, args.predict, args.t_sampling, args.classes) == ("vp-sd", "eps", "uniform", False)
+    ((_, args, _),) = documented("--latents imagenet.latents .*--repa repa")
+    train_diffusion.complete(args)
+    assert (args.path, args.predict, args.lr, args.batch, args.clip) == ("flow", "v", 1e-4, 256, 1)
+    assert (args.warmup, args.weight_decay, args.repa_weight, args.repa_depth) == (0, 0, 0.5, 8)
+    # ... and of the autoencoders: set, regularizer, batch, steps
+    found = set()
+    for _, args, _ in documented("--data (celeba-hq.zip|imagenet/train) .*--regularizer"):
+        train_vae.complete(args)
+        found.add((args.data, args.regularizer, args.batch, args.steps))
+        assert (args.lr, args.weight_decay, args.warmup, args.clip) == (5e-5, 0.005, 2000, 1)
+        assert (args.size, args.lpips_weight, args.gan_weight, args.gan_start) == (256, 0.5, 0.5, 50_000)
+        assert (args.esm_weight, args.esm_delta) == (0.01, 1.0)
+    assert found == {("celeba-hq.zip", "esm", 48, 500_000), ("imagenet/train", "esm", 128, 600_000),
+                     ("imagenet/train", "dsm", 128, 1_000_000)}  # fmt: skip

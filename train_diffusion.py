@@ -41,9 +41,9 @@ from dct import DCTStatistics, ebfr_weights, psnr_per_keep
 from dit import DiT
 from repa import (DOG_SIGMAS, PATCH_ENCODER_SIZE, Aligned, alignment_loss, as_map, lds, load_encoder, make_projector,
                   make_target, resize_tokens)  # fmt: skip
-from sample import (Diffusion, Images, InputError, add_device_flags, autocast, build_network, choose_device, generate,
-                    generator, like, load_weights, make_codec, open_autoencoder, parse_model, progress, read_checkpoint,
-                    run_program, save_grid, seeds, short_name, target, write_atomically)  # fmt: skip
+from sample import (PATHS, Diffusion, Images, InputError, add_device_flags, autocast, build_network, choose_device,
+                    generate, generator, like, load_weights, make_codec, open_autoencoder, parse_model, progress,
+                    read_checkpoint, run_program, save_grid, seeds, short_name, target, write_atomically)  # fmt: skip
 from spectral_losses import band_error, directional_energy, rmsc
 
 # ---- set-up: processes, data order ------------------------------------------------------------------------
@@ -737,16 +737,17 @@ class Log:
 # ---- settings ---------------------------------------------------------------------------------------------
 
 # What a flag is when it is not given. The tiny networks take a recipe that learns in minutes on a CPU (x0 prediction on
-# the flow path); all others take DCTdiff's published settings, in latent space SiT's (arXiv 2401.08740), which are
-# REPA's as well.
+# the flow path); all others take DCTdiff's published settings, which clip nothing, in latent space SiT's (arXiv
+# 2401.08740) with REPA's clipping.
 TINY = dict(path="flow", predict="x0", t_sampling="logit-normal", ebfr=False, lr=2e-3, betas=[0.9, 0.99],
-            weight_decay=0.03, warmup=100, lr_decay="linear", ema=0.999, batch=64, steps=1800)  # fmt: skip
+            weight_decay=0.03, warmup=100, lr_decay="linear", clip=1.0, ema=0.999, batch=64,
+            steps=1800)  # fmt: skip
 PUBLISHED = dict(path="vp", predict="eps", t_sampling="uniform", ebfr=True, lr=2e-4, betas=[0.99, 0.99],
-                 weight_decay=0.03, warmup=5000, lr_decay="none", ema=0.9999, batch=256, steps=500_000)  # fmt: skip
+                 weight_decay=0.03, warmup=5000, lr_decay="none", clip=0.0, ema=0.9999, batch=256, steps=500_000)  # fmt: skip
 LATENT = PUBLISHED | dict(path="flow", predict="v", ebfr=False, lr=1e-4, betas=[0.9, 0.999], weight_decay=0.0, warmup=0,
-                          steps=400_000)  # fmt: skip
+                          clip=1.0, steps=400_000)  # fmt: skip
 KEEP = {2: 4, 4: 9, 8: 18}  # coefficients kept per block [code]; 8 of 16 from 256 px on
-SNR_SCALE = {32: 2.0, 64: 4.0, 128: 4.0, 256: 4.0, 512: 12.0}  # c of the vp path by resolution, in DCT space [code]
+SNR_SCALE = {32: 2.0, 64: 4.0, 128: 4.0, 256: 4.0, 512: 12.0}  # c of the vp paths by resolution, in DCT space [code]
 # On the flow path c is B^2 [ours]: dividing by eta, about 128 B, makes the noise of a token B times that of a pixel.
 MAY_CHANGE = set("steps device workers compile log_every eval_every save_every fresh benchmark out "
                  "val features features_weights lpips_vgg lpips_heads eval_images eval_only spectrum encode ckpt "
@@ -800,7 +801,7 @@ def complete(args):
         args.keep = 8 if args.block == 4 and args.size >= 256 else KEEP.get(args.block, max(1, args.block**2 * 9 // 32))
     if args.snr_scale is None:
         nearest = min(SNR_SCALE, key=lambda size: abs(size - args.size))
-        args.snr_scale = 1.0 if not dct else SNR_SCALE[nearest] if args.path == "vp" else float(args.block**2)
+        args.snr_scale = 1.0 if not dct else float(args.block**2) if args.path == "flow" else SNR_SCALE[nearest]
     if dct:
         make_codec(vars(args) | {"eta": 1.0})  # raises where size, block and keep do not fit together
     if args.out is None:
@@ -1457,7 +1458,7 @@ def add_training_flags(add, both):
     add("--warmup", type=int, metavar="N", help=f"steps of linear warm-up {both('warmup')}")
     add("--betas", type=float, nargs=2, metavar=("B1", "B2"), help=f"AdamW betas {both('betas')}")
     add("--weight-decay", type=float, metavar="X", help=f"AdamW weight decay {both('weight_decay')}")
-    add("--clip", type=float, default=1.0, metavar="X", help="largest gradient norm, 0 for none (default: 1)")
+    add("--clip", type=float, metavar="X", help=f"largest gradient norm, 0 for none {both('clip')}")
     add("--ema", type=float, metavar="X", help=f"decay of the average of the weights, 0 for none {both('ema')}")
     add_device_flags(add)
     add("--compile", action="store_true", help="torch.compile the network")
@@ -1491,7 +1492,7 @@ def make_parser():
         help="uvit-nano|tiny|s|m|l|h or dit-nano|tiny|s|b|l|xl, in pixel and latent space with /PATCH "
         "(default: dit-nano)")  # fmt: skip
 
-    add("--path", choices=("vp", "flow"), help=f"noise path {both('path')}")
+    add("--path", choices=tuple(PATHS), help=f"noise path; vp-sd is vp with Stable Diffusion's schedule {both('path')}")
     add("--predict", choices=("eps", "v", "x0"), help=f"what the network predicts {both('predict')}")
     add("--t-sampling", choices=("uniform", "logit-normal"), help=f"distribution of t {both('t_sampling')}")
     add("--t-logit-normal", type=float, nargs=2, default=[0.5, 1.0], metavar=("MEAN", "STD"),
@@ -1522,7 +1523,8 @@ def make_parser():
     add("--repa-weight", type=float, metavar="W", help="of the alignment loss (default: 0.5 for repa, 1 for irepa and dog)")
     add("--repa-stop", type=int, metavar="STEP", help="align no longer from this step on (default: never)")
     add("--repa-sigmas", type=float, nargs=2, metavar=("S1", "S2"),
-        help="of dog, in tokens; S1 above 0 makes it a band-pass, S2 may be inf (default: {:g} {:g})".format(*DOG_SIGMAS))  # fmt: skip
+        help="of dog, in tokens: a band-pass, a high-pass where S1 is 0; S2 may be inf "
+        "(default: {:g} {:g})".format(*DOG_SIGMAS))  # fmt: skip
     add("--repa-width", type=int, metavar="N",
         help="width of repa's projector (default: 512 for nano or tiny models, 2048 for others)")  # fmt: skip
     add("--cache-targets", metavar="FILE", help="keep the encoder's tokens of all images and mirror images in this file, "

@@ -373,12 +373,13 @@ def save_score(folder, result, args, images, info):
 
 # ---- settings ---------------------------------------------------------------------------------------------
 
-# What a flag is when it is not given: the CPU preset's recipe [ours], and the published one (arXiv 2603.14645; batch
-# and steps are ours, the start of the GAN is latent diffusion's).
+# What a flag is when it is not given: the CPU preset's recipe [ours], and the published one (arXiv 2603.14645) [code],
+# batch and steps being those of CelebA-HQ; ImageNet's are 128 and 600,000, with dsm a million.
 TINY = dict(size=64, steps=400, batch=16, lr=1e-3, lr_decay="linear", warmup=50, betas=[0.9, 0.99], weight_decay=0.005,
-            ema=0.0, lpips_weight=0.0, gan_weight=0.0, features="none")  # fmt: skip
-PUBLISHED = dict(size=256, steps=100_000, batch=32, lr=5e-5, lr_decay="none", warmup=2000, betas=[0.9, 0.999],
-                 weight_decay=0.005, ema=0.0, lpips_weight=0.5, gan_weight=0.5, features="inception")  # fmt: skip
+            clip=1.0, ema=0.0, lpips_weight=0.0, gan_weight=0.0, features="none")  # fmt: skip
+PUBLISHED = dict(size=256, steps=500_000, batch=48, lr=5e-5, lr_decay="none", warmup=2000, betas=[0.9, 0.999],
+                 weight_decay=0.005, clip=1.0, ema=0.0, lpips_weight=0.5, gan_weight=0.5,
+                 features="inception")  # fmt: skip
 
 
 def fill(args, preset):

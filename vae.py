@@ -14,12 +14,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# f: pixels per latent pixel along a side, d: latent channels. f8d4, f16d16 and f32d64 have the widths of their release.
+# f: pixels per latent pixel along a side, d: latent channels. f8d4, f16d16, f16d32 (VA-VAE's) and f32d64 have the widths
+# of their release; VA-VAE's weights have attention in the levels as well and do not load.
 PRESETS = {
     "tiny": dict(widths=(32, 64, 64), latent_channels=4, num_res_blocks=1),  # f4, for CPUs
     "f4d4": dict(widths=(128, 256, 512), latent_channels=4),
     "f8d4": dict(widths=(128, 256, 512, 512), latent_channels=4),
     "f16d16": dict(widths=(128, 128, 256, 256, 512), latent_channels=16),
+    "f16d32": dict(widths=(128, 128, 256, 256, 512), latent_channels=32),
     "f32d64": dict(widths=(128, 128, 256, 256, 512, 512), latent_channels=64),
 }
 GROUPS = 32
