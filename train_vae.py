@@ -827,7 +827,7 @@ def encode_data(args):
         "factor": vae.factor, "autoencoder": info["weights"], "preset": info["config"].get("preset"), "vae": args.ckpt,
     }  # fmt: skip
     # float32, whatever --amp: a posterior's std may be less than a half-precision rounding of its mean
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
     def encode(x):
         views = (view.contiguous(memory_format=layout(x.device)) for view in (x, x.flip(-1)))
