@@ -6,6 +6,8 @@ Nothing is downloaded. Tests that use the development data beside the repository
 """
 
 import argparse
+import functools
+import itertools
 import json
 import os
 import re
@@ -13,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import zipfile
@@ -25,10 +28,13 @@ import scipy.fft
 import scipy.integrate
 import scipy.linalg
 import scipy.ndimage
+import scipy.special
+import scipy.stats
 import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dct
 import dit
@@ -875,6 +881,21 @@ def test_vae_equals_plain_steps_at_any_size():
         vae.VAE((32, 48), 4)
 
 
+def test_attention_of_the_autoencoder_is_on_contiguous_tensors(monkeypatch):
+    real, seen = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(vae.F, "scaled_dot_product_attention", lambda *qkv: seen.append(qkv) or real(*qkv))
+    net, x = vae.Attention(64), torch.randn(2, 64, 4, 6)
+    made = net(x)
+    ((q, k, v),) = seen
+    assert q.shape == (2, 1, 24, 64) and q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
+    w = {name: value.detach().double().numpy() for name, value in net.state_dict().items()}
+    h = F.group_norm(x, 32, net.norm.weight, net.norm.bias, 1e-6).flatten(2).double().detach().numpy()
+    q, k, v = (np.einsum("oc,nct->nto", w[f"{n}.weight"][..., 0, 0], h) + w[f"{n}.bias"] for n in "qkv")
+    weights = scipy.special.softmax(q @ k.transpose(0, 2, 1) / 8, -1)
+    out = np.einsum("oc,ntc->not", w["proj_out.weight"][..., 0, 0], weights @ v) + w["proj_out.bias"][:, None]
+    np.testing.assert_allclose(made.detach().flatten(2).numpy(), x.flatten(2).numpy() + out, atol=1e-5)
+
+
 def test_vae_in_bf16_and_channels_last():
     net, x = vae.VAE(**vae.PRESETS["tiny"]), photos(2, 32)
     with torch.no_grad():
@@ -1569,10 +1590,10 @@ def sampling(flags):
     sample.main(sample.make_parser().parse_args(f"--device cpu {flags}".split()))
 
 
-def command(line, processes=0, check=True):
+def command(line, processes=0, check=True, gpu=False):
     """A real command in its own process, or in several under torchrun."""
     torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={processes}".split() if processes else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
     words = [sys.executable, *torchrun, *line.split()]
     result = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=HERE)
     assert not check or result.returncode == 0, result.stderr[-3000:]
@@ -1974,6 +1995,181 @@ def test_nonfinite_steps_are_skipped_and_ten_in_a_row_stop(data, tmp_path, monke
     with pytest.raises(InputError, match="10 steps in a row"):
         train(f"--data {data} --out {tmp_path}/many --steps 50 --save-every 5")
     assert all(v.isfinite().all() for v in checkpoint(tmp_path / "many")["model"].values())
+
+
+class CountNormals(TorchDispatchMode):
+    """Counts the normal numbers that are drawn."""
+
+    drawn = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if "normal" in str(function) or "randn" in str(function):
+            self.drawn += result.numel()
+        return result
+
+
+@pytest.mark.parametrize("space", ["dct", "latent"])
+def test_a_process_draws_the_noise_of_its_own_images_only(space):
+    config = dict(space=space, size=16, model="dit-nano", path="flow", snr_scale=1.0, predict="x0", classes=None,
+                  label_dropout=0.1, block=4, keep=9, eta=1.0, latent_shape=[4, 8, 8], scale=1.0)  # fmt: skip
+    diffusion = sample.Diffusion(config, torch.nn.Identity(), vae=torch.nn.Identity() if space == "latent" else None)
+    args = train_diffusion.make_parser().parse_args("--batch 64 --t-sampling uniform --seed 5".split())
+    whole = train_diffusion.draw_step(args, 3, slice(0, 64), diffusion, "cpu")
+    for start, stop in ((0, 1), (13, 17), (60, 64)):
+        with CountNormals() as count:
+            part = train_diffusion.draw_step(args, 3, slice(start, stop), diffusion, "cpu")
+        assert count.drawn == (stop - start) * int(np.prod(diffusion.shape)) * (2 if space == "latent" else 1)
+        for a, b in zip(whole, part):
+            assert (a is None and b is None) or torch.equal(a[start:stop], b)
+    noise = torch.stack([whole[1], train_diffusion.draw_step(args, 4, slice(0, 64), diffusion, "cpu")[1]]).flatten(2)
+    values = noise.flatten().numpy()
+    assert scipy.stats.kstest(values, "norm").pvalue > 1e-3
+    correlation = np.corrcoef(noise.flatten(0, 1).numpy()) - np.eye(128)  # of any two images, of one step or of two
+    assert np.abs(correlation).max() < 6 / np.sqrt(noise.shape[2])
+
+
+def test_batches_are_prepared_one_step_ahead_by_another_thread():
+    made, threads = [], set()
+
+    def batches():
+        for i in range(4):
+            made.append(i)
+            threads.add(threading.get_ident())
+            yield i
+
+    for i in train_diffusion.prefetch(batches()):
+        deadline = time.monotonic() + 10
+        while len(made) < min(i + 2, 4) and time.monotonic() < deadline:
+            time.sleep(0.001)  # the next one comes while this one is in use
+        assert made == list(range(min(i + 2, 4)))  # and no later one
+    assert len(threads) == 1 and threading.get_ident() not in threads
+
+    def failing():
+        yield 0
+        raise InputError("unreadable")
+
+    ahead = train_diffusion.prefetch(failing())
+    assert next(ahead) == 0
+    with pytest.raises(InputError, match="unreadable"):
+        next(ahead)
+    ahead = train_diffusion.prefetch(itertools.count())  # left before its end
+    next(ahead)
+    ahead.close()
+
+
+def test_share_of_time_spent_waiting_for_data(data, tmp_path, monkeypatch):
+    """On a clock that only data and steps move, by 3 and by 1."""
+    now, real = [0.0], train_diffusion.update_ema
+    monkeypatch.setattr(train_diffusion, "time", SimpleNamespace(perf_counter=lambda: now[0], sleep=time.sleep))
+
+    def in_line(batches):
+        for batch in batches:
+            now[0] += 3
+            yield batch
+
+    def slowly(*args):
+        now[0] += 1
+        real(*args)
+
+    monkeypatch.setattr(train_diffusion, "prefetch", in_line)
+    monkeypatch.setattr(train_diffusion, "update_ema", slowly)
+    train(f"--data {data} --out {tmp_path}/run --steps 3")
+    assert [line["data_wait"] for line in metrics(tmp_path / "run")] == [0.75, 0.75, 0.75]
+
+
+def test_amp_auto_is_what_the_hardware_multiplies(monkeypatch):
+    def chosen(device):
+        return sample.autocast("auto", torch.device(device))[1]
+
+    for avx512, amx, dtype in ((True, False, torch.bfloat16), (False, True, torch.bfloat16), (False, False, None)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+        assert chosen("cpu") == dtype
+    for capability, dtype in (((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        assert chosen("cuda") == dtype
+    assert sample.autocast("off", torch.device("cpu"))[1] is None
+    for name, tf32, inside in (("cuda", True, "high"), ("cuda", False, "highest"), ("cpu", True, "highest")):
+        with sample.autocast("off", torch.device(name), tf32)[0]():
+            assert torch.get_float32_matmul_precision() == inside
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("space", ["dct", "latent"])
+def test_networks_alone_run_in_half_precision(space):
+    """Codec, loss and the samplers' arithmetic see float32, the networks' layers bf16."""
+    config = dict(space=space, size=16, model="dit-nano/1" if space == "latent" else "dit-nano", path="flow", snr_scale=1.0,
+                  predict="x0", classes=None, label_dropout=0.1, block=4, keep=9, eta=400.0, latent_shape=[4, 4, 4],
+                  scale=1.0)  # fmt: skip
+    autoencoder = vae.VAE(**vae.PRESETS["tiny"]).eval() if space == "latent" else None
+    make = [sample.Diffusion(config, vae=autoencoder, amp=sample.autocast(amp, torch.device("cpu"))[0]) for amp in ("off", "bf16")]
+    make[1].network.load_state_dict(randomised(make[0].network).float().state_dict())
+    make[0].network.float()
+    seen, images = [], photos(2, 16)
+    for layer in (make[1].network.blocks[0].mlp.fc1, *([autoencoder.decoder.conv_in] if autoencoder else [])):
+        layer.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    x0 = [diffusion.encode(images) for diffusion in make]
+    assert x0[1].dtype == torch.float32 and (x0[1] - x0[0]).abs().max() <= (0.0 if space == "dct" else 0.1)
+    t, eps = torch.tensor([0.3, 0.7]), torch.randn(x0[0].shape, generator=torch.Generator().manual_seed(0))
+    losses = [train_diffusion.diffusion_loss(d, d.network, x0[0], eps, t)[0] for d in make]
+    assert losses[1].dtype == torch.float32 and torch.allclose(*losses, rtol=0.05) and not torch.equal(*losses)
+    pictures = []
+    for diffusion in make:
+        seen.clear()
+        pictures.append(sample.generate(diffusion, [0, 1], 0, "cpu", steps=3))
+    assert set(seen) == {torch.bfloat16} and pictures[1].dtype == torch.float32
+    assert (pictures[1] - pictures[0]).abs().mean() < 0.02 and not torch.equal(*pictures)
+
+
+def test_sampling_in_bf16_is_close_and_its_protocol_says_so(trained, tmp_path):
+    for amp in ("off", "bf16"):
+        sampling(f"{trained} --n 3 --steps 3 --amp {amp} --out {tmp_path}/{amp}")
+    assert_same_images(tmp_path / "off", tmp_path / "bf16", 3, tolerance=12)
+    kinds = [json.loads((tmp_path / amp / "protocol.json").read_text())["amp"] for amp in ("off", "bf16")]
+    assert kinds == ["float32", "bfloat16"]
+    with pytest.raises(InputError, match="made otherwise .*amp float32 there, bfloat16 now"):
+        sampling(f"{trained} --n 4 --steps 3 --amp bf16 --out {tmp_path}/off")
+
+
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="--compile needs a C++ compiler")
+
+
+SMALL = """
+import sys, dit, train_diffusion, train_vae, vae
+dit.DIT_SIZES["nano"] = dict(hidden_size=32, depth=1, num_heads=2)
+vae.PRESETS["tiny"] = dict(widths=(32,), latent_channels=4, num_res_blocks=1)
+program = {"diffusion": train_diffusion, "vae": train_vae}[sys.argv[1]]
+program.main(program.make_parser().parse_args(sys.argv[2:]))
+"""
+
+
+@needs_compiler
+def test_compiled_runs_equal_plain_ones(data, tmp_path):
+    """Each trainer with --compile and without, side by side, its networks made small: compiling takes its time."""
+    runs, environment = {}, {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    for name, flags in (("diffusion", TINY), ("vae", f"{TINY_VAE} --regularizer dsm+kl --eval-images 8")):
+        for compiling in ("--compile", ""):
+            line = f"{name} {flags} --data {data} --steps 3 --out {tmp_path}/{name}{compiling} {compiling}"
+            runs[name + compiling] = subprocess.Popen([sys.executable, "-c", SMALL, *line.split()], cwd=HERE, env=environment,
+                                                      stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    for name, process in runs.items():
+        assert process.wait() == 0, process.stderr.read()[-2000:]
+    for name in ("diffusion", "vae"):
+        plain, compiled = (metrics(tmp_path / f"{name}{flags}") for flags in ("", "--compile"))
+        np.testing.assert_allclose([l["loss"] for l in compiled], [l["loss"] for l in plain], rtol=1e-3)
+        a, b = (checkpoint(tmp_path / f"{name}{flags}")["model"] for flags in ("", "--compile"))
+        assert a.keys() == b.keys() and distance(a, b) < 5e-3
+
+
+def test_views_of_many_sizes_compile_once_a_size_or_not_at_all(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    autoencode(f"--size 64 --data {data} --out {tmp_path}/se --steps 12 --regularizer se --compile --eval-images 4")
+    assert 2 <= counters["stats"]["unique_graphs"] <= 4  # encoder; decoder of whole, halved and quartered latents
+    with pytest.raises(InputError, match="--compile: eq .* leave --compile out"):
+        autoencode(f"--size 64 --data {data} --out {tmp_path}/eq --regularizer eq --compile")
 
 
 def test_ema_warm_up():
@@ -2672,18 +2868,19 @@ def test_one_pair_encodes_and_decodes(latents, autoencoders, data):
     for seed in (0, 1):
         noise = torch.randn(48, *shape, generator=torch.Generator().manual_seed(seed))
         oracle = scale * (mean + (0.5 * logvar).exp() * noise)
-        cached, none = train_diffusion.clean(diffusion, cache, where, None, flip, noise, torch.device("cpu"))
-        live, images = train_diffusion.clean(diffusion, None, None, x, flip, noise, torch.device("cpu"))
+        cached, none = train_diffusion.clean(diffusion, None, cache.read(where, flip, torch.device("cpu")), flip, noise)
+        live, images = train_diffusion.clean(diffusion, x, None, flip, noise)
         assert none is None and torch.equal(images, turned / 127.5 - 1) and not live.requires_grad
         assert torch.allclose(live, oracle, atol=1e-5) and (cached - oracle).abs().max() < 0.01
     assert torch.allclose(diffusion.encode(images), scale * mean, atol=1e-5)  # without noise, the mean
     assert 0.8 < live.std() < 1.2  # that is what the scale is for
     assert torch.allclose(diffusion.decode(scale * mean), net.decode(mean).clamp(-1, 1), atol=1e-5)
-    args = train_diffusion.make_parser().parse_args(["--latents", "x"])
-    args.space, args.t_sampling, args.label_dropout = "latent", "uniform", 0.1
-    draws = [train_diffusion.draw_step(0, step, 8, shape, args, Flow(), "cpu") for step in (0, 1, 1)]
-    assert distance(draws[1], draws[2]) == 0 and distance(draws[0][4], draws[1][4]) > 0.5  # posterior noise, by step
-    assert draws[0][3].any() and not draws[0][3].all()
+    args = train_diffusion.make_parser().parse_args("--batch 8 --t-sampling uniform".split())
+    draws = [train_diffusion.draw_step(args, step, slice(0, 8), diffusion, "cpu") for step in (0, 1, 1)]
+    assert distance(draws[1], draws[2]) == 0 and distance(draws[0][3], draws[1][3]) > 0.5  # posterior noise, by step
+    assert distance(draws[0][1], draws[0][3]) > 0.5  # which is not the diffusion's
+    flips = train_diffusion.draw_flips(args, 0, slice(0, 8))
+    assert flips.any() and not flips.all()
 
 
 def test_encoding_at_every_step_equals_the_cache(latents, autoencoders, data, tmp_path):
@@ -3202,3 +3399,126 @@ def test_published_settings_are_what_the_documented_commands_do():
         assert (args.esm_weight, args.esm_delta) == (0.01, 1.0)
     assert found == {("celeba-hq.zip", "esm", 48, 500_000), ("imagenet/train", "esm", 128, 600_000),
                      ("imagenet/train", "dsm", 128, 1_000_000)}  # fmt: skip
+
+
+# ---- on a GPU: python -m pytest test_all.py -m cuda -s ----------------------------------------------------
+
+
+def on_cuda(test):
+    """Skipped where there is no GPU. With -s it prints speed, share of peak and peak memory."""
+    return pytest.mark.cuda(pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")(test))
+
+
+def components(device):
+    """What the components make of the same input on a device -> {name: tensor}, gradients among them."""
+    torch.manual_seed(0)
+    images, latents = photos(4, 32).to(device), torch.randn(4, 4, 16, 16).to(device).requires_grad_()
+    codec, statistics = DCTCodec(32, 4, 9, 467.0), DCTStatistics(4, device=device)
+    statistics.update(images)
+    loss = spectral_losses.esm_loss(images, latents)
+    made = {
+        "dct": dct2(images), "tokens": codec.encode(images), "decoded": codec.decode(codec.encode(images)),
+        "eta": torch.tensor([statistics.eta()]), "entropies": statistics.entropies(), "upsampled": dct.upsample(images),
+        "psd": psd(images), "esm": loss, "esm gradient": torch.autograd.grad(loss, latents)[0],
+        "alpha": spectral_losses.power_law_exponent(images), "low-passed": spectral_losses.low_pass(latents, 10),
+        "rmsc": spectral_losses.rmsc(latents), "hog": repa.HOG().to(device)(images)[0],
+        "dog": repa.dog_target(repa.as_map(torch.rand(4, 64, 8)).flatten(2).mT.to(device), 0.6, 2),
+    }  # fmt: skip
+    y, drop = torch.tensor([0, 1, 2, 1]), torch.tensor([False, True, False, False])
+    for name, make in NETWORKS.items():
+        net = randomised(make()).float().to(device)
+        x = torch.randn((4, 16, 12) if "tokens" in name else (4, 3, 16, 16))
+        out, hidden = net(x.to(device), torch.rand(4).to(device) * 999, y.to(device), drop.to(device), tap=1)
+        made |= {name: out, f"{name}, hidden": hidden}
+        made[f"{name}, gradient"] = torch.autograd.grad(out.square().mean(), net.pos_embed if "uvit" in name else next(
+            p for p in net.parameters() if p.requires_grad))[0]  # fmt: skip
+    autoencoder = vae.VAE(**vae.PRESETS["tiny"]).to(device, memory_format=train_vae.layout(torch.device(device)))
+    mean, logvar = autoencoder.encode(images)
+    made |= {"mean": mean, "logvar": logvar, "reconstruction": autoencoder.decode(mean)}
+    return {name: value.detach().cpu() for name, value in made.items()}
+
+
+@on_cuda
+def test_components_on_cuda_equal_those_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    ours, oracle = components("cuda"), components("cpu")
+    for name, value in oracle.items():
+        torch.testing.assert_close(ours[name], value, rtol=2e-3, atol=2e-4 * max(1.0, value.abs().max().item()), msg=name)
+
+
+def train_on(device, program, flags, folder, steps=20):
+    """A trainer's real command: half its steps, the rest resumed, then all of them under torchrun (NCCL on GPUs), and a
+    benchmark, whose figures are printed.
+    """
+    photographs = write_photos(folder / "data", 64, 32, classes=["left", "right"])
+    line = f"{program} --data {photographs} --size 32 --batch 16 --workers 0 --device {device} --log-every 1 {flags}"
+    line += " --lr-decay none --eval-every 1000"
+    command(f"{line} --steps {steps} --out {folder}/whole", gpu=True)
+    for count in (steps // 2, steps):
+        command(f"{line} --steps {count} --out {folder}/halves", gpu=True)
+    processes = max(1, torch.cuda.device_count())
+    command(f"{line} --steps {steps} --out {folder}/many", processes, gpu=True)
+    whole, halves, many = (metrics(folder / run) for run in ("whole", "halves", "many"))
+    assert [l["step"] for l in whole] == [l["step"] for l in halves] == list(range(1, steps + 1))
+    assert all(l["skipped_steps"] == 0 for l in (*whole, *halves, *many))
+    for lines in (whole, halves):
+        assert np.mean([l["loss"] for l in lines[-3:]]) < np.mean([l["loss"] for l in lines[:3]])
+    np.testing.assert_allclose([l["loss"] for l in many], [l["loss"] for l in whole], rtol=0.1)
+    out = command(f"{line} --benchmark 10", gpu=True).stdout
+    shown = [text for text in out.splitlines() if text.startswith(("step", "training", "arithmetic", "peak memory"))]
+    assert len(shown) == 4
+    print(f"\n{line}\n" + "\n".join(shown), "\nshare of peak in training", whole[-1].get("share_of_peak"))
+
+
+@on_cuda
+@pytest.mark.parametrize("compiling", ["", "--compile"])
+@pytest.mark.parametrize("program, flags", [
+    ("train_diffusion.py", "--model dit-tiny"), ("train_diffusion.py", "--model uvit-tiny"),
+    ("train_diffusion.py", "--model dit-nano --space pixel --repa dog --encoder hog --repa-depth 1"),
+    ("train_vae.py", "--regularizer esm+dsm --ema 0.9"), ("train_vae.py", "--regularizer kl --gan-weight 0.5 --gan-start 4"),
+])  # fmt: skip
+def test_trainers_on_cuda(program, flags, compiling, tmp_path):
+    train_on("cuda", program, f"{flags} --amp bf16 {compiling}", tmp_path)
+
+
+def use_on(device, folder, amp):
+    """From images to a score: autoencoder, spectrum, evaluation, latent cache, aligned diffusion on it, samples."""
+    photographs = write_photos(folder / "data", 48, 32, classes=["left", "right"])
+    flags = f"--device {device} --amp {amp}"
+    few = f"{flags} --workers 0 --eval-every 1000"
+    command(f"train_vae.py {few} --data {photographs} --size 32 --steps 20 --batch 8 --out {folder}/vae", gpu=True)
+    command(f"train_vae.py {flags} --eval-only --ckpt {folder}/vae --data {photographs} --features hog", gpu=True)
+    command(f"train_vae.py {flags} --spectrum {folder}/vae --data {photographs} --out {folder}/spectrum", gpu=True)
+    command(f"train_vae.py {flags} --encode {photographs} --ckpt {folder}/vae --out {folder}/c.latents", gpu=True)
+    aligned = f"--latents {folder}/c.latents --model dit-nano/1 --repa dog --encoder hog --cache-targets {folder}/c.tokens"
+    command(f"train_diffusion.py {few} {aligned} --steps 20 --batch 16 --out {folder}/latent", gpu=True)
+    command(f"train_diffusion.py {few} --data {photographs} --size 32 --steps 20 --batch 16 --out {folder}/dct", gpu=True)
+    for run in ("latent", "dct"):
+        images = f"sample.py {folder}/{run} -n 16 --steps 4 --guidance 1.5"
+        for kind in (amp, "off"):
+            command(f"{images} --device {device} --amp {kind} --out {folder}/{run}-{kind} "
+                    f"--score {photographs} --features hog", gpu=True)  # fmt: skip
+        assert_same_images(folder / f"{run}-{amp}", folder / f"{run}-off", 16, tolerance=16)
+        command(f"sample.py {folder}/{run} {flags} --trajectory", gpu=True)
+    scores = [json.loads(text) for text in (folder / "scores.jsonl").read_text().splitlines()]
+    assert len(scores) == 4 and all(np.isfinite(score["frechet_distance"]) for score in scores)
+
+
+@on_cuda
+def test_from_images_to_a_score_on_cuda(tmp_path):
+    use_on("cuda", tmp_path, "bf16")
+
+
+@on_cuda
+def test_memory_of_sampling_on_cuda_is_flat():
+    config = dict(space="dct", size=64, model="dit-tiny", path="flow", snr_scale=16.0, predict="x0", classes=None,
+                  label_dropout=0.1, block=4, keep=9, eta=467.0)  # fmt: skip
+    device, peaks = torch.device("cuda"), []
+    diffusion = sample.Diffusion(config, amp=sample.autocast("auto", device, tf32=True)[0])
+    diffusion.network.to(device).eval()
+    for _ in range(3):
+        torch.cuda.reset_peak_memory_stats()
+        sample.generate(diffusion, range(32), 0, device, steps=4)
+        peaks.append(torch.cuda.max_memory_allocated() / 2**20)
+    print(f"\npeak memory of sampling, MiB: {peaks}")
+    assert peaks[2] <= peaks[1] * 1.01
