@@ -298,40 +298,49 @@ def upsample(x, block_size=None):
 def enlarge(pixels, white, block_size=None):
     """`upsample` of large pictures: a numpy array (H, W, C) on 0..white -> (2H, 2W, C), clipped, integers rounded.
 
-    By scipy's transforms, whose steps grow as n log n and not as n^2, along one axis after the other, a strip of lines
-    at a time: beside the result, memory is that of 2 H W C float32, blocks or not.
+    By scipy's transforms, whose steps grow as n log n and not as n^2, along one axis of one channel after the other,
+    a strip of lines at a time: beside the result, memory is that of (H, 2W) float32, blocks or not.
     """
     import numpy as np
     from scipy.fft import dct, idct
 
-    def double(x, axis):
+    def double(x, axis):  # in place: fresh memory costs as much as the transforms
         n, B = x.shape[axis], block_size or x.shape[axis]
-        x = x.astype(np.float32)
         if n % B:
             x = x.take(range(n + -n % B), axis, mode="clip")  # the edge replicated
         before, after = x.shape[:axis], x.shape[axis + 1 :]
-        low = dct(x.reshape(*before, -1, B, *after), axis=axis + 1, norm="ortho", overwrite_x=True)
-        low *= upsampling_gain(B).float().numpy().reshape(B, *[1] * len(after))
-        return idct(low, n=2 * B, axis=axis + 1, norm="ortho").reshape(*before, -1, *after)
+        high = np.zeros((*before, x.shape[axis] // B, 2 * B, *after), np.float32)
+        low = high[..., :B] if axis else high[:, :B]
+        low[:] = x.reshape(low.shape)
+        low[:] = dct(low, axis=axis + 1, norm="ortho", overwrite_x=True)
+        low *= gains[axis].reshape(B, *[1] * len(after))
+        return idct(high, axis=axis + 1, norm="ortho", overwrite_x=True).reshape(*before, -1, *after)
 
     h, w, channels = pixels.shape
-    wide = np.empty((h, 2 * w, channels), np.float32)
-    large = np.empty((2 * h, 2 * w, channels), pixels.dtype)
-    for lines in _strips(h, w * channels, "rows"):
-        wide[lines] = double(pixels[lines], 1)[:, : 2 * w]
-    for lines in _strips(2 * w, h * channels, "columns"):
-        columns = double(wide[:, lines], 0)[: 2 * h]
-        np.clip(columns, 0, white, out=columns)
-        large[:, lines] = np.rint(columns, out=columns) if pixels.dtype.kind == "u" else columns
-    return large
+    gains = [upsampling_gain(block_size or n).float().numpy() for n in (h, w)]
+    wide = np.empty((h, 2 * w), np.float32)
+    large = np.empty((channels, 2 * h, 2 * w), pixels.dtype)
+    passes = [(1, lines) for lines in _strips(h, w)] + [(0, lines) for lines in _strips(2 * w, h)]
+    for channel, (axis, lines) in _progress([(c, part) for c in range(channels) for part in passes], "upsample"):
+        if axis:
+            wide[lines] = double(pixels[lines, :, channel], 1)[:, : 2 * w]
+        else:
+            columns = double(wide[:, lines], 0)[: 2 * h]
+            np.clip(columns, 0, white, out=columns)
+            large[channel, :, lines] = np.rint(columns, out=columns) if pixels.dtype.kind == "u" else columns
+    return large.transpose(1, 2, 0)
 
 
-def _strips(count, length, name):
-    """Slices of 0..count, of so many lines of this length as the processor's cache holds; a bar where it takes long."""
+def _strips(count, length):
+    """Slices of 0..count, of so many lines of this length as the processor's cache holds."""
+    step = max(1, STRIP // length)
+    return [slice(i, i + step) for i in range(0, count, step)]
+
+
+def _progress(parts, name):
     from tqdm import tqdm
 
-    step = max(1, STRIP // length)
-    return tqdm([slice(i, i + step) for i in range(0, count, step)], desc=name, delay=2, leave=False)
+    return tqdm(parts, desc=name, delay=2, leave=False)
 
 
 def write_png(file, pixels, profile=None):
@@ -355,9 +364,9 @@ def write_png(file, pixels, profile=None):
         f.write(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header))
         if profile:
             f.write(chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(profile)))
-        for lines in _strips(h, w * channels * size, "writing"):
-            part = pixels[lines]
-            part = part.astype(part.dtype.newbyteorder(">")).view(np.uint8).reshape(len(part), -1)
+        for lines in _progress(_strips(h, w * channels * size), "writing"):
+            part = np.ascontiguousarray(pixels[lines], pixels.dtype.newbyteorder(">"))
+            part = part.view(np.uint8).reshape(len(part), -1)
             rows = np.ones((len(part), 1 + part.shape[1]), np.uint8)  # led by the kind of differences: 1, to the left
             rows[:, 1:] = part
             rows[:, 1 + channels * size :] -= part[:, : -channels * size]
@@ -426,8 +435,11 @@ def main(args):
 
 def make_parser():
     parser = argparse.ArgumentParser(description="DCT tools (arXiv 2412.15032)")
-    command = parser.add_subparsers(dest="command", required=True).add_parser("upsample", help="twice as large")
-    command.add_argument("input", metavar="IN", help="any image file, any size")
+    command = parser.add_subparsers(dest="command", required=True).add_parser(
+        "upsample", help="make an image twice as large", description="Makes an image twice as large. Averaging 2 x 2 "
+        "pixels gives the original back, until the result is rounded and clipped to 0..255.",
+    )  # fmt: skip
+    command.add_argument("input", metavar="IN", help="any image file, any size; deep grey of 16 bits or floats in 0..1")
     command.add_argument("output", metavar="OUT", help="the file to write; its ending chooses the format")
     command.add_argument("--block", type=int, metavar="B", help="block size (default: the whole frame as one block)")
     return parser
