@@ -113,6 +113,13 @@ def ycbcr_to_rgb(x):
 # ---- codec ------------------------------------------------------------------------------------------------
 
 
+def _images(x):
+    """Images in [-1, 1], float32 or wider. Raises ValueError for integers, which are pixels of 0..255."""
+    if not x.is_floating_point():
+        raise ValueError(f"images are {x.dtype}, expected floats in [-1, 1]: of 8-bit pixels, images / 127.5 - 1")
+    return _widen(x)
+
+
 def block_coefficients(images, block_size, keep=None):
     """Zigzagged DCT coefficients of every block, grouped by token (paper, section 4.1).
 
@@ -121,7 +128,7 @@ def block_coefficients(images, block_size, keep=None):
     2B x 2B pixels. Units: 8-bit levels, so the DC of a flat block is B times its level less 128.
     """
     B, (N, _, S, _) = block_size, images.shape
-    ycc = rgb_to_ycbcr((_widen(images) + 1) * 127.5) - 128  # (N, 3, S, S)
+    ycc = rgb_to_ycbcr((_images(images) + 1) * 127.5) - 128  # (N, 3, S, S)
     y = blockify(ycc[:, 0], 2 * B)  # (N, h, w, 2B, 2B), h = w = S / 2B
     y = blockify(y, B).flatten(3, 4)  # (N, h, w, 4, B, B)
     chroma = blockify(F.avg_pool2d(ycc[:, 1:], 2), B).movedim(1, 3)  # (N, h, w, 2, B, B)
@@ -163,10 +170,10 @@ class DCTCodec:
         self.num_tokens, self.token_dim = (image_size // (2 * block_size)) ** 2, 6 * keep
 
     def encode(self, images):
-        """(N, 3, S, S) in [-1, 1] -> tokens (N, L, 6 keep), mostly in [-1, 1]."""
+        """(N, 3, S, S) floats in [-1, 1] -> tokens (N, L, 6 keep), mostly in [-1, 1]. Raises ValueError for others."""
         if images.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(f"images are {tuple(images.shape)}, expected (N, 3, {self.image_size}, {self.image_size})")
-        images = _widen(images)
+        images = _images(images)
         weight, bias = _token_matrix(self.block_size, self.keep, images.dtype, images.device)
         areas = blockify(images, 2 * self.block_size).permute(0, 2, 3, 1, 4, 5)  # (N, h, w, 3, 2B, 2B)
         with torch.autocast(images.device.type, enabled=False):
@@ -261,8 +268,14 @@ def ebfr_weights(entropies, keep):
 # ---- upsampling -------------------------------------------------------------------------------------------
 
 
+def upsampling_gain(n):
+    """What the n coefficients along one axis are multiplied by when its length doubles -> (n,) float64."""
+    return math.sqrt(2) / torch.cos(torch.arange(n, dtype=torch.float64) * (math.pi / (4 * n)))
+
+
 def upsample(x, block_size=None):
-    """DCT upsampling by two (paper, section 4.5): 2 x 2 averaging of the result gives the input back exactly.
+    """DCT upsampling by two (paper, section 4.5): 2 x 2 averaging of the result gives the input back exactly, until
+    the result is rounded or clipped.
 
     D_high(k, l) = D_low(k, l) / (1/2 cos(k pi / 4B) cos(l pi / 4B)) for k, l < B, zero elsewhere.
     x (..., H, W) of any range and size -> (..., 2H, 2W). block_size None takes the whole frame as one block
@@ -271,8 +284,8 @@ def upsample(x, block_size=None):
     h, w = x.shape[-2:]
     if block_size is None:
         low = dct2(x)
-        gain = [2 / torch.cos(torch.arange(n, dtype=low.dtype, device=x.device) * (math.pi / (4 * n))) for n in (h, w)]
-        return idct2(F.pad(low * (gain[0][:, None] * gain[1] / 2), (0, w, 0, h)))
+        rows, cols = (upsampling_gain(n).to(low) for n in (h, w))
+        return idct2(F.pad(low * (rows[:, None] * cols), (0, w, 0, h)))
     if block_size < 1:
         raise ValueError(f"block size {block_size} must be at least 1")
     rows = torch.arange(math.ceil(h / block_size) * block_size, device=x.device).clamp_max(h - 1)
@@ -281,39 +294,96 @@ def upsample(x, block_size=None):
     return unblockify(upsample(blocks))[..., : 2 * h, : 2 * w]
 
 
+def enlarge(x, block_size=None):
+    """`upsample` of one channel (H, W) of a large picture, numpy -> (2H, 2W) float32, by scipy's fast transforms, whose
+    time grows as n log n and not as n^2.
+    """
+    import numpy as np
+    from scipy.fft import dctn, idctn
+
+    h, w = x.shape
+    rows, cols = (block_size, block_size) if block_size else (h, w)
+    x = np.pad(x.astype(np.float32), ((0, -h % rows), (0, -w % cols)), mode="edge")
+    blocks = x.reshape(x.shape[0] // rows, rows, x.shape[1] // cols, cols)
+    low = dctn(blocks, axes=(1, 3), norm="ortho", overwrite_x=True)
+    low *= (upsampling_gain(rows)[:, None, None] * upsampling_gain(cols)).float().numpy()
+    high = np.zeros((low.shape[0], 2 * rows, low.shape[2], 2 * cols), np.float32)
+    high[:, :rows, :, :cols] = low
+    high = idctn(high, axes=(1, 3), norm="ortho", overwrite_x=True)
+    return high.reshape(2 * x.shape[0], 2 * x.shape[1])[: 2 * h, : 2 * w]
+
+
+def white_level(image):
+    """The value of white in an image just opened by Pillow: 255, of deeper greys 65535 (16-bit integers; 4095 where
+    a TIFF holds 12) or 1 (floats, all within 0..1). Raises ValueError for greys of another range, or of an unknown one.
+    """
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    if not image.mode.startswith(("I", "F")):
+        return 255
+    if tags.get(262) == 0:
+        reason = "a TIFF of deep grey in which white is 0"  # Pillow would show its negative
+    elif image.mode.startswith("I;16"):
+        return 2 ** tags.get(258, (16,))[0] - 1
+    elif image.mode == "I":
+        if image.format in ("PNG", "PPM"):  # 16 bits, which Pillow opens so (PNG: until Pillow 10)
+            return 65535
+        reason = "32-bit or signed integers, of which no value is known to be white"
+    else:
+        import numpy as np
+
+        low, high = np.min(image), np.max(image)  # nan where one is
+        if 0 <= low and high <= 1:
+            return 1
+        finite = np.isfinite(low) and np.isfinite(high)
+        reason = f"floats from {low:g} to {high:g}, not within 0 to 1" if finite else "floats that are not finite"
+    raise ValueError(f"{reason}; save it as grey of 8 or 16 bits, or as floats within 0 to 1")
+
+
 def main(args):
-    if args.block is not None and args.block < 1:
-        sys.exit(f"dct.py: --block {args.block} must be at least 1")
     import numpy as np
     from PIL import Image, ImageOps  # the command alone needs pictures
+    from tqdm import tqdm
 
     try:
         with Image.open(args.input) as file:
-            image = ImageOps.exif_transpose(file)
-            image.load()
+            white, image = white_level(file), ImageOps.exif_transpose(file)
+            if white == 255 and image.mode not in ("L", "LA", "RGB", "RGBA"):
+                image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+            pixels, profile = np.asarray(image), file.info.get("icc_profile")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         sys.exit(f"dct.py: cannot read the image {args.input}: {error}")
-    if image.mode.startswith("I"):  # 16-bit grey, in one of Pillow's several modes
-        pixels = np.asarray(image).clip(0, 65535).astype(np.uint16)
-    elif image.mode in ("L", "LA", "RGB", "RGBA"):
-        pixels = np.asarray(image)
-    else:
-        pixels = np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
-    x = torch.from_numpy(pixels.astype(np.float32)).view(*pixels.shape[:2], -1).movedim(-1, 0)  # (C, H, W)
-    x = upsample(x, args.block).clamp(0, np.iinfo(pixels.dtype).max).round().movedim(0, -1).squeeze(-1)
-    try:
-        Image.fromarray(x.numpy().astype(pixels.dtype)).save(args.output)
+    if args.block is not None and not 1 <= args.block <= max(image.size):
+        size = f"an image of {image.width}x{image.height}"
+        sys.exit(f"dct.py: --block {args.block} must lie in 1..{max(image.size)} for {size}")
+    if white > 255 or white == 1 and not args.output.lower().endswith((".tif", ".tiff")):  # which hold floats
+        pixels, white = (pixels * (65535 / white)).round().astype(np.uint16), 65535
+    note = {255: "", 65535: ", 16-bit grey", 1: ", floats"}[white]
+    if profile and profile[16:20] != (b"RGB " if image.mode.startswith("RGB") else b"GRAY"):
+        profile, note = None, f"{note}, without its colour profile, which is of {profile[16:20].decode('latin-1').strip()}"
+    channels = pixels.reshape(*pixels.shape[:2], -1)
+    large = np.empty((2 * channels.shape[0], 2 * channels.shape[1], channels.shape[2]), pixels.dtype)
+    for i in tqdm(range(channels.shape[2]), "upsample", unit="channel", delay=2, leave=False):
+        up = enlarge(channels[..., i], args.block).clip(0, white)
+        large[..., i] = up.round() if pixels.dtype.kind == "u" else up
+    try:  # compress_level 1: a PNG's packing would take longer than all else together
+        options = {"compress_level": 1} if args.output.lower().endswith(".png") else {}
+        Image.fromarray(large.squeeze(-1) if large.shape[-1] == 1 else large).save(
+            args.output, icc_profile=profile, **options
+        )
     except (OSError, ValueError, KeyError) as error:
         sys.exit(
             f"dct.py: cannot write {args.output} ({error}); name a file that ends in .png, in a folder that exists"
         )
-    print(f"{args.input} {image.width}x{image.height} -> {args.output} {2 * image.width}x{2 * image.height}")
+    print(f"{args.input} {image.width}x{image.height} -> {args.output} {2 * image.width}x{2 * image.height}{note}")
 
 
 def make_parser():
     parser = argparse.ArgumentParser(description="DCT tools (arXiv 2412.15032)")
-    command = parser.add_subparsers(dest="command", required=True).add_parser("upsample", help="twice as large")
-    command.add_argument("input", metavar="IN", help="any image file, any size")
+    command = parser.add_subparsers(dest="command", required=True).add_parser(
+        "upsample", help="make an image twice as large", description="Makes an image twice as large. Averaging 2 x 2 "
+        "pixels gives the original back, until the result is rounded and clipped to 0..255.",
+    )  # fmt: skip
+    command.add_argument("input", metavar="IN", help="any image file, any size; deep grey of 16 bits or floats in 0..1")
     command.add_argument("output", metavar="OUT", help="the file to write; its ending chooses the format")
     command.add_argument("--block", type=int, metavar="B", help="block size (default: the whole frame as one block)")
     return parser

@@ -34,7 +34,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from dct import DCTCodec
+from dct import DCTCodec, white_level
 from dit import DIT_SIZES, DiT
 from repa import load_encoder
 from spectral_losses import psd
@@ -59,10 +59,12 @@ PALETTE = np.array([(230, 57, 70), (244, 162, 97), (233, 216, 90), (67, 170, 87)
 
 
 def to_rgb(image):
-    """Any Pillow image as 8-bit RGB: EXIF rotation applied, 16-bit scaled down, transparency laid on white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey, in one of Pillow's several modes
-        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).clip(0, 255).round().astype(np.uint8))
+    """A Pillow image just opened as 8-bit RGB: EXIF rotation applied, deeper greys scaled, transparency laid on white.
+    Raises ValueError where the range of its pixels is not known (see `white_level`).
+    """
+    white, image = white_level(image), ImageOps.exif_transpose(image)
+    if white != 255:
+        image = Image.fromarray((np.asarray(image) * (255 / white)).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -137,8 +139,7 @@ class Images(Dataset):
     def _list_files(self):
         if self.path.is_dir():
             self.kind = "folder"
-            found = (Path(root, file) for root, _, files in os.walk(self.path, followlinks=True) for file in files)
-            files = sorted(file.relative_to(self.path).as_posix() for file in found)
+            files = sorted(file.relative_to(self.path).as_posix() for file in self._walk())
         elif zipfile.is_zipfile(self.path):
             self.kind = "zip"
             files = sorted(name for name in self._zip().namelist() if not name.endswith("/"))
@@ -156,12 +157,28 @@ class Images(Dataset):
         else:
             self._label_by_folder()
 
+    def _walk(self):
+        """The files below a folder, links followed: a folder linked twice counts twice, as its owner wants it to.
+        Raises InputError for a link to a folder that it lies in, below which there is no end.
+        """
+        for root, folders, files in os.walk(self.path, followlinks=True):
+            yield from (Path(root, file) for file in files)
+            for link in filter(Path.is_symlink, (Path(root, folder) for folder in folders)):
+                around = [folder.resolve() for folder in link.parents if folder.is_relative_to(self.path)]
+                if any(folder.is_relative_to(link.resolve()) for folder in around):
+                    raise InputError(f"--data {self.spec}: {link} is a link to a folder that it lies in; remove it")
+
     def _label_by_json(self):
         try:
             labels = json.loads(self._bytes("dataset.json")).get("labels")
             if labels:  # null: a set without classes
                 labels = dict(labels)
-                self.labels = [int(labels[name]) for name in self.names]
+                self.labels = [labels[name] for name in self.names]
+                for name, label in zip(self.names, self.labels):
+                    if type(label) not in (int, float) or not (label >= 0 and label % 1 == 0):
+                        raise InputError(f"--data {self.spec}: dataset.json gives {name} the label {label!r}; labels are "
+                                         "whole numbers from 0 on")  # fmt: skip
+                self.labels = [int(label) for label in self.labels]
                 self.classes = [str(label) for label in range(max(self.labels) + 1)]
         except (ValueError, TypeError, AttributeError) as error:
             raise InputError(
@@ -1099,8 +1116,12 @@ def trajectory(diffusion, protocol, args, stem, device, columns=10, rows=8):
 
 
 def run_program(main, args):
-    """main(args), a user's mistake as one line and exit code 2."""
+    """main(args), a user's mistake as one line and exit code 2. An empty value ("$UNSET") is one: not the default."""
     try:
+        for name, value in vars(args).items():
+            if "" in (value if isinstance(value, list) else [value]):
+                flag = "RUN_OR_CKPT" if name == "run" else f"--{name.replace('_', '-')}"
+                raise InputError(f"{flag}: its value is empty; give it one, or leave it out")
         main(args)
     except InputError as error:
         if int(os.environ.get("RANK", 0)) > 0:

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -33,7 +34,7 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageCms
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dct
@@ -195,6 +196,12 @@ def test_codec_clamps_and_refuses():
             DCTCodec(*bad)
     with pytest.raises(ValueError):
         codec.encode(torch.zeros(1, 3, 32, 32))
+    whole = torch.full((1, 3, 16, 16), 200, dtype=torch.uint8)
+    for taker in (codec.encode, DCTStatistics(2).update, lambda x: dct.psnr_per_keep(x, 2)):
+        for integers in (whole, whole.long()):
+            with pytest.raises(ValueError, match=r"^images are torch\.\w+, expected floats in \[-1, 1\][^\n]*127\.5"):
+                taker(integers)
+    assert codec.encode(whole.double() / 127.5 - 1).dtype == torch.float64
 
 
 def numpy_statistics(x, B):
@@ -258,6 +265,12 @@ def test_upsampling_equals_the_formula():
     np.testing.assert_allclose(
         dct.upsample(torch.from_numpy(x)).numpy(), scipy.fft.idctn(high, norm="ortho"), atol=1e-12
     )
+
+
+@pytest.mark.parametrize("block", [None, 4, 5])
+def test_upsampling_by_scipy_equals_that_by_torch(block):
+    x = np.random.default_rng(2).random((37, 22))
+    np.testing.assert_allclose(dct.enlarge(x, block), dct.upsample(torch.from_numpy(x), block).numpy(), atol=1e-5)
 
 
 # ---- spectra ----------------------------------------------------------------------------------------------
@@ -1451,6 +1464,58 @@ def test_images_of_every_mode_and_size(tmp_path):
     assert images.labels is None and images.classes is None
 
 
+RAMP = np.arange(64).reshape(8, 8)  # in every kind of grey deeper than 8 bits, 63 being white or nearly so
+
+
+def tiff(pixels, bits, kind, photometric=1):
+    """A TIFF of 8 x 8 pixels in one plain strip, as its specification lays it out: whole numbers of any size."""
+    data = pixels.tobytes()
+    tags = [(256, 8), (257, 8), (258, bits), (259, 1), (262, photometric), (273, 8),
+            (277, 1), (278, 8), (279, len(data)), (339, kind)]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + b"\0" * 4
+
+
+def deep_pictures(folder):
+    """-> files whose range is known, all of RAMP * 4 in 8 bits, and files to refuse, with a word of the reason."""
+    sixteen, part = (RAMP * 4 * 257).astype(np.uint16), (RAMP * 4 / 255).astype(np.float32)
+    twelve = (RAMP * 4 * 4095 / 255).round().astype(int)
+    known = {
+        "i16.png": sixteen, "i16.tif": sixteen, "f.tif": part,
+        "big.tif": Image.frombytes("I;16B", (8, 8), sixteen.astype(">u2").tobytes()),
+        "i16.pgm": b"P5 8 8 65535\n" + sixteen.astype(">u2").tobytes(),
+        "i10.pgm": b"P5 8 8 1020\n" + (RAMP * 16).astype(">u2").tobytes(),
+        "i12.tif": tiff(np.packbits((twelve[..., None] >> np.arange(11, -1, -1)) & 1), 12, 1),
+    }  # fmt: skip
+    refused = {
+        "i32.tif": (RAMP.astype(np.int32) * 60000, "32-bit"),
+        "u32.tif": (tiff(RAMP.astype(np.uint32) << 26, 32, 1), "32-bit"),
+        "nan.tif": (np.where(RAMP == 3, np.nan, part).astype(np.float32), "not finite"),
+        "inf.tif": (np.where(RAMP == 3, np.inf, part).astype(np.float32), "not finite"),
+        "f255.tif": ((RAMP * 4).astype(np.float32), "0 to 252"), "negative.tif": (part - 0.5, "-0.5 to"),
+        "white0.tif": (tiff(sixteen, 16, 1, photometric=0), "white is 0"),
+    }  # fmt: skip
+    for name, content in {**known, **{name: content for name, (content, _) in refused.items()}}.items():
+        if isinstance(content, bytes):
+            (folder / name).write_bytes(content)
+        else:
+            (Image.fromarray(content) if isinstance(content, np.ndarray) else content).save(folder / name)
+    return list(known), {name: reason for name, (_, reason) in refused.items()}
+
+
+def test_deep_grey_is_scaled_where_its_range_is_known_and_refused_by_name_elsewhere(tmp_path, capsys):
+    known, refused = deep_pictures(tmp_path)
+    images = Images(str(tmp_path), 8)
+    for i, name in enumerate(images.names):
+        x = images.read(i)
+        said = capsys.readouterr().err
+        if name in known:
+            assert not said and torch.equal(x, torch.from_numpy(RAMP * 4).to(torch.uint8).expand(3, 8, 8)), name
+        else:
+            assert x is None and name in said and refused[name] in said and "8 or 16 bits" in said, name
+    assert len(images) == len(known) + len(refused)
+
+
 def test_crop_equals_pillow_steps():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 100, 3), dtype=np.uint8))
     square = (
@@ -1484,11 +1549,35 @@ def test_data_layouts(tmp_path):
         (tree / "dataset.json").write_text(json.dumps({"labels": labels}))
         with pytest.raises(InputError, match="dataset.json"):
             Images(str(tree), 16)
+    for label in (-1, 0.5, True, "cat", "1", None, float("nan"), float("inf")):
+        (tree / "dataset.json").write_text(json.dumps({"labels": [[name, label] for name in images.names]}))
+        with pytest.raises(InputError, match=rf"dataset\.json.*{images.names[0]}.*{label!r}"):
+            Images(str(tree), 16)
+    (tree / "dataset.json").write_text(json.dumps({"labels": [[name, 2.0] for name in images.names]}))
+    assert Images(str(tree), 16).labels == [2] * 6
     (tmp_path / "empty").mkdir()
     (tmp_path / "note.txt").write_text("hello")
     for bad in ("nowhere", "empty", "note.txt"):
         with pytest.raises(InputError, match=bad):
             Images(str(tmp_path / bad), 16)
+
+
+def test_a_folder_that_leads_back_to_itself_is_refused_by_its_link(tmp_path):
+    tree = write_photos(tmp_path / "outer" / "tree", 4, classes=["cat", "dog"])
+    other = write_photos(tmp_path / "other", 3)
+    (tree / "bird").symlink_to(other)  # a link alone is fine, and a folder linked twice is meant twice
+    (tree / "fowl").symlink_to(other)
+    images = Images(str(tree), 16)
+    assert len(images) == 10 and images.classes == ["bird", "cat", "dog", "fowl"]
+    assert len(Images(str(other), 16)) == 3
+    loops = {tree / "cat" / "again": tree, tree / "up": tmp_path / "outer", tree / "dog" / "x": tree / "dog"}
+    for place, target in {**loops, other / "back": tree}.items():
+        place.symlink_to(target)
+        with pytest.raises(InputError, match=f"{place.name}.* is a link"):
+            Images(str(tree), 16)
+        place.unlink()
+    (tmp_path / "door").symlink_to(tree)  # the data set may itself be a link
+    assert len(Images(str(tmp_path / "door"), 16)) == 10
 
 
 def test_dead_leaves_follow_their_model():
@@ -1935,6 +2024,25 @@ def test_bad_input_of_training(data, trained, tmp_path):
     assert result.returncode == 2 and "error: --data" in result.stderr and "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("module", [train_diffusion, train_vae, sample])
+def test_an_empty_value_is_an_error_that_names_its_flag(module, capsys):
+    """Of every flag that takes text; before anything else happens, so that `main` is never reached."""
+    parser, seen = module.make_parser(), 0
+    for action in parser._actions:
+        if action.type is None and action.nargs != 0 and not action.choices and action.option_strings:
+            words = [action.option_strings[-1], *(["x"] if action.nargs == "+" else []), ""]
+            with pytest.raises(SystemExit) as stop:
+                sample.run_program(lambda args: pytest.fail("main was reached"), parser.parse_args(words))
+            error = capsys.readouterr().err
+            assert stop.value.code == 2 and error.startswith(f"error: {words[0]}: ") and error.count("\n") == 1
+            seen += 1
+    assert seen > 5
+    if module is sample:
+        with pytest.raises(SystemExit):
+            sample.run_program(sample.main, parser.parse_args([""]))
+        assert "RUN_OR_CKPT" in capsys.readouterr().err
+
+
 def test_bad_input_of_sampling(trained, tmp_path):
     def refused(match, flags):
         with pytest.raises(InputError, match=match):
@@ -2203,7 +2311,7 @@ def test_benchmark_prints_every_part_and_writes_nothing(data, tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
-KINDS = [((9, 14, 3), "uint8"), ((5, 4), "uint8"), ((6, 6), "uint16"), ((4, 4, 4), "uint8")]
+KINDS = [((9, 14, 3), "uint8"), ((5, 4), "uint8"), ((6, 6), "uint16"), ((4, 4, 4), "uint8"), ((3, 5, 2), "uint8")]
 
 
 @pytest.mark.parametrize("shape, dtype", KINDS)
@@ -2217,17 +2325,63 @@ def test_upsample_command_on_every_kind_of_image(tmp_path, shape, dtype):
     assert np.abs(averaged - pixels).mean() < 1.5  # rounding, and clipping at 0 and 255
 
 
+def upsampling(source, output, flags=""):
+    dct.main(dct.make_parser().parse_args(f"upsample {source} {output} {flags}".split()))
+
+
+def test_upsample_command_on_deep_grey(tmp_path, capsys):
+    known, refused = deep_pictures(tmp_path)
+    for name in known:
+        for ending in ("png", "tif"):
+            upsampling(tmp_path / name, tmp_path / f"up.{ending}")
+            with Image.open(tmp_path / f"up.{ending}") as image:
+                up = np.asarray(image).astype(float)
+                white = 1 if image.mode == "F" else 65535
+                assert image.mode == ("F" if name == "f.tif" and ending == "tif" else "I;16"), name
+            averaged = up.reshape(8, 2, 8, 2).mean((1, 3)) / white
+            assert np.abs(averaged - RAMP * 4 / 255).mean() < 2e-3  # clipping at black
+    for name, reason in refused.items():
+        with pytest.raises(SystemExit, match=f"^dct.py: cannot read the image .*{name}: [^\n]*{reason}[^\n]*$"):
+            upsampling(tmp_path / name, tmp_path / "no.png")
+    assert not (tmp_path / "no.png").exists()
+
+
+def test_upsample_command_keeps_colour_profile_and_orientation(tmp_path, capsys):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    picture = Image.fromarray(np.random.default_rng(0).integers(60, 190, (6, 9, 3), dtype=np.uint8))
+    picture.save(tmp_path / "in.png", icc_profile=profile, exif=exif)
+    for ending in ("png", "jpg", "tif", "webp"):
+        upsampling(tmp_path / "in.png", tmp_path / f"up.{ending}")
+        with Image.open(tmp_path / f"up.{ending}") as up:
+            assert up.info["icc_profile"] == profile and up.size == (12, 18) and up.getexif().get(0x0112, 1) == 1
+            if ending == "png":
+                averaged = np.asarray(up).astype(float).reshape(9, 2, 6, 2, 3).mean((1, 3))
+                assert np.abs(averaged - np.asarray(picture.transpose(Image.Transpose.ROTATE_270))).mean() < 1.5
+    capsys.readouterr()
+    picture.convert("CMYK").save(tmp_path / "ink.tif", icc_profile=profile[:16] + b"CMYK" + profile[20:])
+    upsampling(tmp_path / "ink.tif", tmp_path / "up.png")  # RGB now: a profile of inks would be wrong
+    assert "icc_profile" not in Image.open(tmp_path / "up.png").info and "profile" in capsys.readouterr().out
+    for block in (0, 10):  # the picture is 6 x 9
+        with pytest.raises(SystemExit, match=f"--block {block}"):
+            upsampling(tmp_path / "in.png", tmp_path / "up.png", f"--block {block}")
+
+
 def test_upsample_command_in_its_own_process(tmp_path):
     Image.new("RGB", (14, 9), "teal").save(tmp_path / "in.png")
     result = command(f"dct.py upsample {tmp_path}/in.png {tmp_path}/out.png --block 4")
     assert "14x9" in result.stdout and Image.open(tmp_path / "out.png").size == (28, 18)
-    for source, out in (
-        (tmp_path / "absent.png", "b.png"),
-        (tmp_path / "in.png", "no/b.png"),
-        (HERE / "dct.py", "b.png"),
+    result = command(f"dct.py upsample {tmp_path}/absent.png {tmp_path}/b.png", check=False)
+    assert result.returncode and "dct.py: cannot read" in result.stderr and "Traceback" not in result.stderr
+    for source, out, problem in (
+        (tmp_path / "in.png", "no/b.png", "write"),
+        (tmp_path / "in.png", "no/b.jpg", "write"),
+        (tmp_path / "in.png", "b.unknown", "write"),
+        (HERE / "dct.py", "b.png", "read"),
     ):
-        result = command(f"dct.py upsample {source} {tmp_path}/{out}", check=False)
-        assert result.returncode and "dct.py: cannot" in result.stderr and "Traceback" not in result.stderr
+        with pytest.raises(SystemExit, match=f"^dct.py: cannot {problem}"):
+            upsampling(source, tmp_path / out)
 
 
 # ---- train_vae.py, tiny -----------------------------------------------------------------------------------

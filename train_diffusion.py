@@ -1415,7 +1415,8 @@ def measure_codec(args, store, processes):
     psnr = psnr_per_keep(some.to(processes.device) / 127.5 - 1, args.block)
     say(f"codec    B {args.block}, keep {args.keep}, eta {eta:.3f} from {count} images")
     shown = sorted({1, max(1, args.keep // 2), args.keep, min(args.keep + 1, len(psnr)), len(psnr)})
-    say("         PSNR by keep, dB: " + ", ".join(f"{k}: {psnr[k - 1]:.1f}" for k in shown))
+    cap = " (all kept: the rest is lost to halved chroma)"
+    say("         PSNR by keep, dB: " + ", ".join(f"{k}: {psnr[k - 1]:.1f}" for k in shown) + cap)
     for name, row in zip(("Y", "Cb", "Cr"), entropies[:, : args.keep].tolist()):
         say(f"         H({name}) ".ljust(15) + " ".join(f"{h:.2f}" for h in row[:12]) + " ..." * (len(row) > 12))
     return {"eta": eta, "entropies": entropies.tolist()}
