@@ -1779,23 +1779,29 @@ def test_resuming_on_changed_data_is_refused(tmp_path):
         train(f"--data {data} --out {tmp_path}/run --steps 4")
 
 
-def test_killed_and_resumed_equals_uninterrupted(data, tmp_path):
-    flags = f"--data {data} --steps 40 --save-every 5 --lr-decay linear"
-    train(f"{flags} --out {tmp_path}/whole")
-    killed = tmp_path / "killed"
-    words = [sys.executable, HERE / "train_diffusion.py", *f"{TINY} {flags} --out {killed}".split()]
+def killed_after(lines, program, flags, run):
+    """A run whose process is killed once its log has so many lines, long before its end -> the step of its checkpoint."""
+    words = [sys.executable, HERE / program, *f"{flags} --steps 100000 --out {run}".split()]
     with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=HERE) as process:
-        for _ in range(600):
-            time.sleep(0.1)
-            if (killed / "metrics.jsonl").exists() and (killed / "metrics.jsonl").read_text().count("\n") > 12:
-                break
+        while process.poll() is None and not (run / "metrics.jsonl").exists():
+            time.sleep(0.05)
+        while process.poll() is None and (run / "metrics.jsonl").read_text().count("\n") < lines:
+            time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
-    assert 0 < checkpoint(killed)["step"] < 40
+    assert process.returncode == -signal.SIGKILL
+    return checkpoint(run)["step"]
+
+
+def test_killed_and_resumed_equals_uninterrupted(data, tmp_path):
+    flags, killed = f"--data {data} --save-every 5", tmp_path / "killed"
+    step = killed_after(13, "train_diffusion.py", f"{TINY} {flags}", killed)
+    assert step >= 10 and step % 5 == 0
     (killed / "checkpoint.pt.tmp").write_bytes(b"half a checkpoint")  # as a kill while writing leaves it
     with (killed / "metrics.jsonl").open("a") as file:
         file.write('{"step": 39, "lo')
-    train(f"{flags} --out {killed}")
-    assert [line["step"] for line in metrics(killed)] == list(range(1, 41))
+    for run in (tmp_path / "whole", killed):
+        train(f"{flags} --steps {step + 10} --out {run}")
+        assert [line["step"] for line in metrics(run)] == list(range(1, step + 11))
     a, b = checkpoint(tmp_path / "whole"), checkpoint(killed)
     assert distance(a["model"], b["model"]) < 1e-4 and distance(a["ema"], b["ema"]) < 1e-4  # threads may differ
 
@@ -1815,7 +1821,7 @@ def test_two_processes_equal_one_and_parts_a_whole(data, tmp_path):
         np.testing.assert_allclose(*losses, rtol=1e-4)
     # and they sample the same files, one process or two
     command(f"sample.py {tmp_path}/two -n 5 --steps 3 --out {tmp_path}/b", processes=2)
-    command(f"sample.py {tmp_path}/two --n 5 --steps 3 --out {tmp_path}/a")
+    sampling(f"{tmp_path}/two --n 5 --steps 3 --out {tmp_path}/a")
     assert_same_images(tmp_path / "a", tmp_path / "b", 5)
 
 
@@ -2243,38 +2249,42 @@ def test_sampling_in_bf16_is_close_and_its_protocol_says_so(trained, tmp_path):
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="--compile needs a C++ compiler")
 
 
-SMALL = """
+SMALL_RUNS = """
 import sys, dit, train_diffusion, train_vae, vae
 dit.DIT_SIZES["nano"] = dict(hidden_size=32, depth=1, num_heads=2)
 vae.PRESETS["tiny"] = dict(widths=(32,), latent_channels=4, num_res_blocks=1)
-program = {"diffusion": train_diffusion, "vae": train_vae}[sys.argv[1]]
-program.main(program.make_parser().parse_args(sys.argv[2:]))
+for program, flags in ((train_diffusion, sys.argv[1]), (train_vae, sys.argv[2])):
+    program.main(program.make_parser().parse_args(flags.split()))
 """
 
 
-@needs_compiler
-def test_compiled_runs_equal_plain_ones(data, tmp_path):
-    """Each trainer with --compile and without, side by side, its networks made small: compiling takes its time."""
-    runs, environment = {}, {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    for name, flags in (("diffusion", TINY), ("vae", f"{TINY_VAE} --regularizer dsm+kl --eval-images 8")):
-        for compiling in ("--compile", ""):
-            line = f"{name} {flags} --data {data} --steps 3 --out {tmp_path}/{name}{compiling} {compiling}"
-            runs[name + compiling] = subprocess.Popen([sys.executable, "-c", SMALL, *line.split()], cwd=HERE, env=environment,
-                                                      stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
-    for name, process in runs.items():
-        assert process.wait() == 0, process.stderr.read()[-2000:]
-    for name in ("diffusion", "vae"):
-        plain, compiled = (metrics(tmp_path / f"{name}{flags}") for flags in ("", "--compile"))
-        np.testing.assert_allclose([l["loss"] for l in compiled], [l["loss"] for l in plain], rtol=1e-3)
-        a, b = (checkpoint(tmp_path / f"{name}{flags}")["model"] for flags in ("", "--compile"))
-        assert a.keys() == b.keys() and distance(a, b) < 5e-3
+@pytest.fixture(scope="session", autouse=True)
+def compiled_runs(request, tmp_path_factory):
+    """Both trainers with --compile, in a process beside the other tests: compiling takes a minute. -> it, its folder"""
+    wanted = any(item.name == "test_compiled_runs_equal_plain_ones" for item in request.session.items)
+    if not wanted or not shutil.which("g++"):
+        yield None
+        return
+    folder = tmp_path_factory.mktemp("compiled")
+    write_photos(folder / "data", 48, classes=["left", "right", "up"])
+    lines = small_runs(folder, "compiled", "--compile")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen([sys.executable, "-c", SMALL_RUNS, *lines], cwd=HERE, env=environment, text=True,
+                          stdout=subprocess.DEVNULL, stderr=(folder / "log").open("w")) as process:  # fmt: skip
+        yield process, folder
+        process.kill()
+
+
+def small_runs(folder, name, flags=""):
+    common = f"--data {folder}/data --steps 3 {flags} --out {folder}/{name}"
+    return f"{TINY} {common}-diffusion", f"{TINY_VAE} {common}-vae --regularizer dsm+kl --eval-images 8"
 
 
 def test_views_of_many_sizes_compile_once_a_size_or_not_at_all(data, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     counters = torch._dynamo.utils.counters
     counters.clear()
-    autoencode(f"--size 64 --data {data} --out {tmp_path}/se --steps 12 --regularizer se --compile --eval-images 4")
+    autoencode(f"--size 64 --data {data} --out {tmp_path}/se --steps 6 --regularizer se --compile --eval-images 4")
     assert 2 <= counters["stats"]["unique_graphs"] <= 4  # encoder; decoder of whole, halved and quartered latents
     with pytest.raises(InputError, match="--compile: eq .* leave --compile out"):
         autoencode(f"--size 64 --data {data} --out {tmp_path}/eq --regularizer eq --compile")
@@ -2572,15 +2582,8 @@ def test_autoencoder_killed_is_resumed_and_eq_is_the_same_on_two_processes(tmp_p
     losses = [[line["loss"] for line in metrics(tmp_path / run)] for run in ("one", "parts", "two")]
     np.testing.assert_allclose(losses[1:], [losses[0]] * 2, rtol=1e-3)
     killed = tmp_path / "killed"
-    words = [sys.executable, HERE / "train_vae.py", *f"{TINY_VAE} {flags} --out {killed} --steps 60 --save-every 2".split()]
-    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=HERE) as process:
-        for _ in range(600):
-            time.sleep(0.1)
-            if (killed / "metrics.jsonl").exists() and (killed / "metrics.jsonl").read_text().count("\n") > 3:
-                break
-        process.send_signal(signal.SIGKILL)
-    step = checkpoint(killed)["step"]
-    assert 0 < step < 60
+    step = killed_after(4, "train_vae.py", f"{TINY_VAE} {flags} --save-every 2", killed)
+    assert step >= 2 and step % 2 == 0
     for run in (tmp_path / "one", killed):  # the interrupted one goes on to where the other, never killed, gets
         autoencode(f"{flags} --out {run} --steps {max(step, 6) + 2}")
     whole, kept = ([line["loss"] for line in metrics(run)] for run in (tmp_path / "one", killed))
@@ -3553,6 +3556,21 @@ def test_published_settings_are_what_the_documented_commands_do():
         assert (args.esm_weight, args.esm_delta) == (0.01, 1.0)
     assert found == {("celeba-hq.zip", "esm", 48, 500_000), ("imagenet/train", "esm", 128, 600_000),
                      ("imagenet/train", "dsm", 128, 1_000_000)}  # fmt: skip
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="--compile needs a C++ compiler")
+def test_compiled_runs_equal_plain_ones(compiled_runs, monkeypatch):
+    process, folder = compiled_runs
+    monkeypatch.setitem(DIT_SIZES, "nano", dict(hidden_size=32, depth=1, num_heads=2))
+    monkeypatch.setitem(vae.PRESETS, "tiny", dict(widths=(32,), latent_channels=4, num_res_blocks=1))
+    for program, flags in zip((train_diffusion, train_vae), small_runs(folder, "plain")):
+        program.main(program.make_parser().parse_args(flags.split()))
+    assert process.wait() == 0, (folder / "log").read_text()[-2000:]
+    for name in ("diffusion", "vae"):
+        plain, compiled = (metrics(folder / f"{kind}-{name}") for kind in ("plain", "compiled"))
+        np.testing.assert_allclose([l["loss"] for l in compiled], [l["loss"] for l in plain], rtol=1e-3)
+        a, b = (checkpoint(folder / f"{kind}-{name}")["model"] for kind in ("plain", "compiled"))
+        assert a.keys() == b.keys() and distance(a, b) < 5e-3
 
 
 # ---- on a GPU: python -m pytest test_all.py -m cuda -s ----------------------------------------------------
