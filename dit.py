@@ -145,9 +145,9 @@ class LabelEmbedder(nn.Module):
     def forward(self, y, drop=None):
         if drop is None and self.training and self.dropout_prob > 0:
             drop = torch.rand(len(y), device=y.device) < self.dropout_prob
+        check_labels(y, self.embedding_table.num_embeddings)
         if drop is not None:
             y = torch.where(drop, self.num_classes, y)
-        check_labels(y, self.embedding_table.num_embeddings)
         return self.embedding_table(y)
 
 

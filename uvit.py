@@ -116,9 +116,8 @@ class UViT(nn.Module):
         x = self.patch_embed(x) if maps else self.proj(x)  # (N, L, D)
         extras = [self.time_embed(timestep_features(t, self.embed_dim).to(self.pos_embed.dtype))]
         if self.num_classes > 0:
-            y = y if drop is None else torch.where(drop, self.null_class, y)
             check_labels(y, self.num_labels)
-            extras.insert(0, self.label_emb(y))
+            extras.insert(0, self.label_emb(y if drop is None else torch.where(drop, self.null_class, y)))
         x = torch.cat((torch.stack(extras, 1), x), 1) + self.pos_embed  # (N, extras + L, D)
 
         skips, hidden = [], None
