@@ -148,6 +148,7 @@ class LabelEmbedder(nn.Module):
         check_labels(y, self.embedding_table.num_embeddings)
         if drop is not None:
             y = torch.where(drop, self.num_classes, y)
+            check_labels(y, self.embedding_table.num_embeddings)  # is there a null class?
         return self.embedding_table(y)
 
 
