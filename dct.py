@@ -363,8 +363,9 @@ def main(args):
     channels = pixels.reshape(*pixels.shape[:2], -1)
     large = np.empty((2 * channels.shape[0], 2 * channels.shape[1], channels.shape[2]), pixels.dtype)
     for i in tqdm(range(channels.shape[2]), "upsample", unit="channel", delay=2, leave=False):
-        up = enlarge(channels[..., i], args.block).clip(0, white)
-        large[..., i] = up.round() if pixels.dtype.kind == "u" else up
+        up = enlarge(channels[..., i], args.block)
+        np.clip(up, 0, white, out=up)
+        large[..., i] = np.rint(up, out=up) if pixels.dtype.kind == "u" else up
     try:  # compress_level 1: a PNG's packing would take longer than all else together
         options = {"compress_level": 1} if args.output.lower().endswith(".png") else {}
         Image.fromarray(large.squeeze(-1) if large.shape[-1] == 1 else large).save(
