@@ -3601,7 +3601,7 @@ def components(device):
     y, drop = torch.tensor([0, 1, 2, 1]), torch.tensor([False, True, False, False])
     for name, make in NETWORKS.items():
         net = randomised(make()).float().to(device)
-        x = torch.randn((4, 16, 12) if "tokens" in name else (4, 3, 16, 16))
+        x = torch.randn((4, 16, 6) if "tokens" in name else (4, 3, 8, 8))
         out, hidden = net(x.to(device), torch.rand(4).to(device) * 999, y.to(device), drop.to(device), tap=1)
         made |= {name: out, f"{name}, hidden": hidden}
         made[f"{name}, gradient"] = torch.autograd.grad(out.square().mean(), net.pos_embed if "uvit" in name else next(
