@@ -1106,7 +1106,10 @@ def trajectory(diffusion, protocol, args, stem, device, columns=10, rows=8):
     for band, row in enumerate(shares.tolist()):
         if math.isfinite(row[0]):
             print(f"{band:4d}  {drowned[band]:8.2f} " + "".join(f"{share:6.2f}" for share in row))
-    finite = lambda row: [value if math.isfinite(value) else None for value in row]
+
+    def finite(row):
+        return [value if math.isfinite(value) else None for value in row]
+
     table = {"t": [t for t, _ in shown], "share": [finite(row) for row in shares.tolist()],
              "snr_below_1_at": finite(drowned), **protocol}  # fmt: skip
     Path(f"{stem}-trajectory.json").write_text(json.dumps(table))

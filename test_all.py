@@ -1297,8 +1297,8 @@ def ode_error(path, sampler, steps):
 
 
 def sde_error(path, sampler, steps, std0=STD):
-    """Distance of mean and std to the data's (or to `std0`), exactly: the sampler is affine in its start and in each noise, so that one batch with a
-    one in each of them in turn reads off every coefficient."""
+    """Distance of mean and std to the data's (or to `std0`), exactly: the sampler is affine in its start and in each noise,
+    so that one batch with a one in each of them in turn reads off every coefficient."""
     x, draws = torch.zeros(steps + 3, 1, dtype=torch.float64), []
     x[1] = 1
 
@@ -2219,7 +2219,8 @@ def test_networks_alone_run_in_half_precision(space):
                   predict="x0", classes=None, label_dropout=0.1, block=4, keep=9, eta=400.0, latent_shape=[4, 4, 4],
                   scale=1.0)  # fmt: skip
     autoencoder = vae.VAE(**vae.PRESETS["tiny"]).eval() if space == "latent" else None
-    make = [sample.Diffusion(config, vae=autoencoder, amp=sample.autocast(amp, torch.device("cpu"))[0]) for amp in ("off", "bf16")]
+    contexts = [sample.autocast(amp, torch.device("cpu"))[0] for amp in ("off", "bf16")]
+    make = [sample.Diffusion(config, vae=autoencoder, amp=context) for context in contexts]
     make[1].network.load_state_dict(randomised(make[0].network).float().state_dict())
     make[0].network.float()
     seen, images = [], photos(2, 16)
@@ -2864,7 +2865,8 @@ def test_bad_input_of_autoencoders(autoencoders, trained, data, lpips_files, tmp
     refused("--regularizer none.kl", "--regularizer none+kl")
     refused("choose one", "--regularizer eq+dsm")
     refused("--size 12: DSM's blocks .* divide it, which is 3x3", "--regularizer dsm --size 12")
-    refused("--size 16: DSM's blocks .* half as wide as the latent .* 2x2 .*--size 128 does", "--regularizer dsm --size 16 --preset f8d4")
+    dsm = "--regularizer dsm --size 16 --preset f8d4"
+    refused("--size 16: DSM's blocks .* half as wide as the latent .* 2x2 .*--size 128 does", dsm)
     refused("--size 8: must be at least 11", "--regularizer none --size 8")
     refused("--size 16: nothing smaller", "--regularizer eq")
     refused("cannot be halved", "--regularizer se")

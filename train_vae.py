@@ -405,7 +405,8 @@ def complete(args):
         args.esm_blur = blurs(latent)
     if "dsm" in terms and not block_that_fits(latent, latent):
         raise InputError(f"--regularizer {args.regularizer} at --size {args.size}: DSM's blocks of 8, 4 or 2 are at most half "
-                         f"as wide as the latent and divide it, which is {latent}x{latent} here; --size {16 * factor} does")  # fmt: skip
+                         f"as wide as the latent and divide it, which is {latent}x{latent} here; "
+                         f"--size {16 * factor} does")  # fmt: skip
     if "eq" in terms and latent <= least_latent(latent, factor):
         raise InputError(f"--regularizer eq at --size {args.size}: nothing smaller to scale to; --size 64 does")
     if "se" in terms and (latent % 2 or args.size < 2 * LEAST_SIDE):
