@@ -1,8 +1,8 @@
 """Block-DCT tokens for diffusion: DCTdiff (Ning et al., ICML 2025, arXiv 2412.15032).
 
-The idea: cut an image into small blocks, take the discrete cosine transform of each, keep the low
-frequencies, and let the diffusion model work on those numbers instead of pixels. This file is that
-transform, both ways, with the statistics it is scaled by. It needs torch alone.
+The idea: split an image into small blocks, take the discrete cosine transform of each, keep the low frequencies, and
+let the diffusion model work on those numbers instead of pixels. This file is that transform, its inverse, and the
+statistics it is scaled by. It needs torch alone.
 
     codec = DCTCodec(image_size=256, block_size=4, keep=8, eta=485.0)
     tokens = codec.encode(images)      # (N, 3, 256, 256) in [-1, 1] -> (N, 1024, 48)
@@ -30,7 +30,7 @@ TOKEN_LIMIT = 2.0  # decode clamps tokens to [-2, 2] [code]
 
 
 @functools.lru_cache(maxsize=64)
-def dct_basis(n, dtype=torch.float32, device=torch.device("cpu")):
+def dct_basis(n, dtype=torch.float32, device="cpu"):
     """Orthonormal DCT-II matrix (n, n); row k holds s_k cos(pi (2i + 1) k / 2n). Its transpose is its inverse."""
     with torch.inference_mode(False):  # a cached tensor must stay usable by autograd
         k, i = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
@@ -39,28 +39,23 @@ def dct_basis(n, dtype=torch.float32, device=torch.device("cpu")):
         return basis.to(device, dtype)
 
 
-def _apply_to_last_two(x, rows, cols):
-    """rows @ x @ cols^T for a batch of any shape, as two plain matrix products, in float32 or wider."""
-    with torch.autocast(x.device.type, enabled=False):
-        return ((x @ cols.mT).mT @ rows.mT).mT
-
-
 def _widen(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def dct2(x):
+def dct2(x, inverse=False):
     """Orthonormal 2-D DCT-II over the last two dims. (..., H, W) real -> (..., H, W), float32 or wider."""
     x = _widen(x)
-    h, w = x.shape[-2:]
-    return _apply_to_last_two(x, dct_basis(h, x.dtype, x.device), dct_basis(w, x.dtype, x.device))
+    rows, cols = (dct_basis(n, x.dtype, x.device) for n in x.shape[-2:])
+    if inverse:
+        rows, cols = rows.mT, cols.mT
+    with torch.autocast(x.device.type, enabled=False):
+        return ((x @ cols.mT).mT @ rows.mT).mT  # rows @ x @ cols^T of a batch, as two plain matrix products
 
 
 def idct2(x):
     """Inverse of `dct2` (the orthonormal 2-D DCT-III). (..., H, W) -> (..., H, W), float32 or wider."""
-    x = _widen(x)
-    h, w = x.shape[-2:]
-    return _apply_to_last_two(x, dct_basis(h, x.dtype, x.device).mT, dct_basis(w, x.dtype, x.device).mT)
+    return dct2(x, inverse=True)
 
 
 def blockify(x, block_size):
@@ -76,18 +71,14 @@ def unblockify(x):
     return x.transpose(-3, -2).flatten(-4, -3).flatten(-2, -1)
 
 
-@functools.lru_cache(maxsize=None)
-def _zigzag(B):
-    def key(i):  # anti-diagonal first; on odd ones the row grows, on even ones the column
-        row, col = divmod(i, B)
-        return row + col, row if (row + col) % 2 else col
-
-    return tuple(sorted(range(B * B), key=key))
-
-
 def zigzag(block_size, device=None):
     """Flat indices (B*B,) of a block's coefficients from low to high frequency, in JPEG's order."""
-    return torch.tensor(_zigzag(block_size), device=device)
+
+    def key(i):  # anti-diagonal first; on odd ones the row grows, on even ones the column
+        row, col = divmod(i, block_size)
+        return row + col, row if (row + col) % 2 else col
+
+    return torch.tensor(sorted(range(block_size**2), key=key), device=device)
 
 
 # ---- colour -----------------------------------------------------------------------------------------------
@@ -123,9 +114,9 @@ def _images(x):
 def block_coefficients(images, block_size, keep=None):
     """Zigzagged DCT coefficients of every block, grouped by token (paper, section 4.1).
 
-    images (N, 3, S, S) in [-1, 1] -> (N, L, 6, keep) with L = (S / 2B)^2 in raster order; the six are the Y
-    blocks top-left, top-right, bottom-left, bottom-right, then Cb and Cr (halved by averaging) of the same
-    2B x 2B pixels. Units: 8-bit levels, so the DC of a flat block is B times its level less 128.
+    images (N, 3, S, S) in [-1, 1] -> (N, L, 6, keep) with L = (S / 2B)^2 in raster order; the six are the Y blocks
+    top-left, top-right, bottom-left, bottom-right, then Cb and Cr (halved by averaging) of the same 2B x 2B pixels.
+    Units: 8-bit levels, so the DC of a flat block is B times its level less 128.
     """
     B, (N, _, S, _) = block_size, images.shape
     ycc = rgb_to_ycbcr((_images(images) + 1) * 127.5) - 128  # (N, 3, S, S)
@@ -140,8 +131,8 @@ def block_coefficients(images, block_size, keep=None):
 def _token_matrix(block_size, keep, dtype, device):
     """`block_coefficients` of one token area as weight (6 keep, 12 B*B) and bias (6 keep,), read off unit impulses.
 
-    Colour, averaging, DCT, zigzag and truncation are all affine in the pixels of a 2B x 2B area, so that one
-    matrix product does what they do: six times as fast on a CPU core as step by step (256 px, B = 4, keep 8).
+    Colour, averaging, DCT, zigzag and truncation are all affine in the pixels of a 2B x 2B area, so that one matrix
+    product does what they do: six times as fast on a CPU core as step by step (256 px, B = 4, keep 8).
     """
     with torch.inference_mode(False), torch.no_grad():
         side = 2 * block_size
@@ -152,11 +143,11 @@ def _token_matrix(block_size, keep, dtype, device):
 
 
 class DCTCodec:
-    """Images to tokens and back (paper, section 4.1), on the device of its input, a whole batch at a time.
+    """Images to tokens and back (paper, section 4.1), on the device of its input, a batch at a time.
 
-    A token covers 2B x 2B pixels and holds `keep` coefficients of each of its six blocks (see
-    `block_coefficients`), all divided by `eta`. Attributes: num_tokens = (S / 2B)^2, token_dim = 6 keep.
-    Raises ValueError for a size 2B does not divide, a `keep` outside 1..B*B or an eta that is not positive.
+    A token covers 2B x 2B pixels and holds `keep` coefficients of each of its six blocks (see `block_coefficients`),
+    all divided by `eta`. Attributes: num_tokens = (S / 2B)^2, token_dim = 6 keep. Raises ValueError for a size 2B does
+    not divide, a `keep` outside 1..B*B or an eta that is not positive.
     """
 
     def __init__(self, image_size, block_size, keep, eta):
@@ -194,20 +185,20 @@ class DCTCodec:
 
 def psnr_per_keep(images, block_size):
     """PSNR in dB (peak 255) of images (N, 3, S, S) in [-1, 1] coded with keep = 1..B*B -> (B*B,)."""
-    whole = DCTCodec(images.shape[-1], block_size, block_size**2, 256.0 * block_size)  # eta: no clamping
-    tokens = whole.encode(images).unflatten(2, (6, block_size**2))
-    mse = []
-    for keep in range(1, block_size**2 + 1):
-        kept = F.pad(tokens[..., :keep], (0, block_size**2 - keep)).flatten(2)
-        mse.append(((whole.decode(kept) - images) * 127.5).square().mean())
+    n, mse = block_size**2, []
+    codec = DCTCodec(images.shape[-1], block_size, n, 256.0 * block_size)  # eta: no clamping
+    tokens = codec.encode(images).unflatten(2, (6, n))
+    for keep in range(1, n + 1):
+        kept = F.pad(tokens[..., :keep], (0, n - keep)).flatten(2)
+        mse.append(((codec.decode(kept) - images) * 127.5).square().mean())
     return 10 * torch.log10(255**2 / torch.stack(mse))
 
 
 class DCTStatistics:
     """Eta and entropies from a stream of images, in one pass and bounded memory (paper, section 4.2 and 4.3).
 
-    One fine histogram per channel and coefficient, whose bins are interpolated afterwards. Two such objects
-    over two halves of a data set add up: `counts` is a plain sum (all-reduce it under torchrun).
+    One fine histogram per channel and coefficient, whose bins are interpolated afterwards. Two such objects over two
+    halves of a data set add up: `counts` is a plain sum (all-reduce it under torchrun).
     """
 
     def __init__(self, block_size, bins=2**15, device=None):
@@ -226,27 +217,27 @@ class DCTStatistics:
         self.counts.view(-1).scatter_add_(0, index, torch.ones_like(index))
 
     def _cdf(self):
-        """Cumulative share at the upper edge of every bin (3, B*B, bins + 1), 0 first."""
+        """Cumulative share at the upper edge of every bin (3, B*B, bins + 1), 0 first, and where it passes the two
+        percentiles, (3, B*B, 2) in 8-bit levels.
+        """
         cdf = F.pad(self.counts.double().cumsum(-1), (1, 0))
         if not cdf[0, 0, -1]:
             raise ValueError("no image has been counted yet")
-        return cdf / cdf[..., -1:]
-
-    def _quantile(self, cdf, q):
-        upper = torch.searchsorted(cdf, torch.full_like(cdf[..., :1], q)).clamp(1, self.bins)
+        cdf = cdf / cdf[..., -1:]
+        q = torch.tensor(PERCENTILES, dtype=cdf.dtype, device=cdf.device).expand(*cdf.shape[:2], 2).contiguous()
+        upper = torch.searchsorted(cdf, q).clamp(1, self.bins)
         low, high = cdf.gather(-1, upper - 1), cdf.gather(-1, upper)
         fraction = (q - low) / (high - low).clamp_min(1e-300)
-        return (upper - 1 + fraction - self.bins // 2 - 0.5) * self.width  # (3, B*B, 1), 8-bit levels
+        return cdf, (upper - 1 + fraction - self.bins // 2 - 0.5) * self.width
 
     def eta(self):
         """Entropy-consistent scaling: the larger magnitude of the Y DC's two percentiles, in 8-bit levels."""
-        cdf = self._cdf()
-        return max(abs(self._quantile(cdf, q)[0, 0].item()) for q in PERCENTILES)
+        return self._cdf()[1][0, 0].abs().max().item()
 
     def entropies(self):
-        """Shannon entropy in bits of every coefficient / eta within its own percentile range -> (3, B*B)."""
-        cdf = self._cdf()
-        low, high = (self._quantile(cdf, q) for q in PERCENTILES)
+        """Shannon entropy in bits of every coefficient / eta within its percentile range -> (3, B*B)."""
+        cdf, percentiles = self._cdf()
+        low, high = percentiles.split(1, dim=2)
         edges = torch.linspace(-1, 1, ENTROPY_BINS + 1, dtype=cdf.dtype, device=cdf.device) * self.eta()
         place = edges.clamp(low, high) / self.width + self.bins // 2 + 0.5  # (3, B*B, 101), in bins
         left = place.floor().long().clamp(0, self.bins - 1)
@@ -258,10 +249,9 @@ class DCTStatistics:
 def ebfr_weights(entropies, keep):
     """Entropy-based frequency reweighting (paper, section 4.3): loss weight of every entry of a token.
 
-    entropies (3, B*B), zigzagged -> (6 keep,): each channel truncated to `keep`, divided by its own mean.
+    entropies (3, B*B), zigzagged -> (6 keep,): each channel truncated to `keep`, divided by its mean.
     """
-    weights = entropies[:, :keep]
-    weights = weights / weights.mean(1, keepdim=True).clamp_min(1e-12)
+    weights = entropies[:, :keep] / entropies[:, :keep].mean(1, keepdim=True).clamp_min(1e-12)
     return weights[[0, 0, 0, 0, 1, 2]].flatten().float()
 
 
@@ -274,12 +264,11 @@ def upsampling_gain(n):
 
 
 def upsample(x, block_size=None):
-    """DCT upsampling by two (paper, section 4.5): 2 x 2 averaging of the result gives the input back exactly, until
-    the result is rounded or clipped.
+    """Upsampling by two (paper, section 4.5): 2 x 2 averages of the result, until rounded or clipped, are the input.
 
     D_high(k, l) = D_low(k, l) / (1/2 cos(k pi / 4B) cos(l pi / 4B)) for k, l < B, zero elsewhere.
-    x (..., H, W) of any range and size -> (..., 2H, 2W). block_size None takes the whole frame as one block
-    (no seams); a number works block by block, the edges replicated where it does not divide the image.
+    x (..., H, W) of any range and size -> (..., 2H, 2W). block_size None takes the frame as one block (no seams);
+    a number works block by block, the edges replicated where it does not divide the image.
     """
     h, w = x.shape[-2:]
     if block_size is None:
@@ -288,16 +277,13 @@ def upsample(x, block_size=None):
         return idct2(F.pad(low * (rows[:, None] * cols), (0, w, 0, h)))
     if block_size < 1:
         raise ValueError(f"block size {block_size} must be at least 1")
-    rows = torch.arange(math.ceil(h / block_size) * block_size, device=x.device).clamp_max(h - 1)
-    cols = torch.arange(math.ceil(w / block_size) * block_size, device=x.device).clamp_max(w - 1)
+    rows, cols = (torch.arange(n + -n % block_size, device=x.device).clamp_max(n - 1) for n in (h, w))
     blocks = blockify(x[..., rows[:, None], cols], block_size)
     return unblockify(upsample(blocks))[..., : 2 * h, : 2 * w]
 
 
 def enlarge(x, block_size=None):
-    """`upsample` of one channel (H, W) of a large picture, numpy -> (2H, 2W) float32, by scipy's fast transforms, whose
-    time grows as n log n and not as n^2.
-    """
+    """`upsample` of a channel (H, W) of a large picture, numpy -> (2H, 2W) float32, by scipy's n log n transforms."""
     import numpy as np
     from scipy.fft import dctn, idctn
 
@@ -324,9 +310,9 @@ def white_level(image):
         reason = "a TIFF of deep grey in which white is 0"  # Pillow would show its negative
     elif image.mode.startswith("I;16"):
         return 2 ** tags.get(258, (16,))[0] - 1
+    elif image.mode == "I" and image.format in ("PNG", "PPM"):  # 16 bits, which Pillow opens so (PNG: until Pillow 10)
+        return 65535
     elif image.mode == "I":
-        if image.format in ("PNG", "PPM"):  # 16 bits, which Pillow opens so (PNG: until Pillow 10)
-            return 65535
         reason = "32-bit or signed integers, of which no value is known to be white"
     else:
         import numpy as np
@@ -346,47 +332,43 @@ def main(args):
 
     try:
         with Image.open(args.input) as file:
-            white, image = white_level(file), ImageOps.exif_transpose(file)
+            white, image, profile = white_level(file), ImageOps.exif_transpose(file), file.info.get("icc_profile")
             if white == 255 and image.mode not in ("L", "LA", "RGB", "RGBA"):
                 image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-            pixels, profile = np.asarray(image), file.info.get("icc_profile")
+            pixels, size = np.asarray(image), f"{image.width}x{image.height}"
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         sys.exit(f"dct.py: cannot read the image {args.input}: {error}")
     if args.block is not None and not 1 <= args.block <= max(image.size):
-        size = f"an image of {image.width}x{image.height}"
-        sys.exit(f"dct.py: --block {args.block} must lie in 1..{max(image.size)} for {size}")
-    if white > 255 or white == 1 and not args.output.lower().endswith((".tif", ".tiff")):  # which hold floats
+        sys.exit(f"dct.py: --block {args.block} must lie in 1..{max(image.size)} for an image of {size}")
+    if white > 255 or (white == 1 and not args.output.lower().endswith((".tif", ".tiff"))):  # which hold floats
         pixels, white = (pixels * (65535 / white)).round().astype(np.uint16), 65535
     note = {255: "", 65535: ", 16-bit grey", 1: ", floats"}[white]
-    if profile and profile[16:20] != (b"RGB " if image.mode.startswith("RGB") else b"GRAY"):
-        profile, note = None, f"{note}, without its colour profile, which is of {profile[16:20].decode('latin-1').strip()}"
-    channels = pixels.reshape(*pixels.shape[:2], -1)
-    large = np.empty((2 * channels.shape[0], 2 * channels.shape[1], channels.shape[2]), pixels.dtype)
-    for i in tqdm(range(channels.shape[2]), "upsample", unit="channel", delay=2, leave=False):
-        up = enlarge(channels[..., i], args.block)
-        np.clip(up, 0, white, out=up)
-        large[..., i] = np.rint(up, out=up) if pixels.dtype.kind == "u" else up
-    try:  # compress_level 1: a PNG's packing would take longer than all else together
-        options = {"compress_level": 1} if args.output.lower().endswith(".png") else {}
-        Image.fromarray(large.squeeze(-1) if large.shape[-1] == 1 else large).save(
-            args.output, icc_profile=profile, **options
-        )
+    space = profile[16:20] if profile else None  # of the pixels that the profile describes
+    if space and space != (b"RGB " if image.mode.startswith("RGB") else b"GRAY"):
+        profile, note = None, f"{note}, without its colour profile, which is of {space.decode('latin-1').strip()}"
+
+    large = []
+    for channel in tqdm(np.atleast_3d(pixels).transpose(2, 0, 1), "upsample", unit="channel", delay=2, leave=False):
+        channel = enlarge(channel, args.block)
+        channel.clip(0, white, out=channel)
+        large.append(channel if white == 1 else channel.round(out=channel).astype(pixels.dtype))
+    large = Image.fromarray(np.dstack(large) if pixels.ndim == 3 else large[0])
+    try:
+        large.save(args.output, icc_profile=profile, compress_level=1)  # of a PNG: more would take longer than the rest
     except (OSError, ValueError, KeyError) as error:
-        sys.exit(
-            f"dct.py: cannot write {args.output} ({error}); name a file that ends in .png, in a folder that exists"
-        )
-    print(f"{args.input} {image.width}x{image.height} -> {args.output} {2 * image.width}x{2 * image.height}{note}")
+        remedy = "name a file that ends in .png, in a folder that exists"
+        sys.exit(f"dct.py: cannot write {args.output} ({error}); {remedy}")
+    print(f"{args.input} {size} -> {args.output} {large.width}x{large.height}{note}")
 
 
 def make_parser():
     parser = argparse.ArgumentParser(description="DCT tools (arXiv 2412.15032)")
-    command = parser.add_subparsers(dest="command", required=True).add_parser(
-        "upsample", help="make an image twice as large", description="Makes an image twice as large. Averaging 2 x 2 "
-        "pixels gives the original back, until the result is rounded and clipped to 0..255.",
-    )  # fmt: skip
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("upsample", help="make an image twice as large")
+    command.description = "Averaging 2 x 2 pixels of the result gives the image back, until rounded and clipped."
     command.add_argument("input", metavar="IN", help="any image file, any size; deep grey of 16 bits or floats in 0..1")
     command.add_argument("output", metavar="OUT", help="the file to write; its ending chooses the format")
-    command.add_argument("--block", type=int, metavar="B", help="block size (default: the whole frame as one block)")
+    command.add_argument("--block", type=int, metavar="B", help="block size (default: the frame as one block)")
     return parser
 
 

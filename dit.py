@@ -73,10 +73,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, in_channels, patch_size, dim, token_dim=None):
         super().__init__()
-        if token_dim is None:
-            self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
-        else:
-            self.proj = nn.Linear(token_dim, dim)
+        self.proj = nn.Linear(token_dim, dim) if token_dim else nn.Conv2d(in_channels, dim, patch_size, patch_size)
 
     def forward(self, x):
         return self.proj(x).flatten(2).transpose(1, 2) if x.ndim == 4 else self.proj(x)
@@ -90,21 +87,24 @@ def takes_maps(num_tokens, token_dim):
 
 
 def check_call(network, x, y, tap):
-    """Raise ValueError where a forward call does not fit a network of `input_shape`, `num_labels` and `depth`."""
+    """Raise ValueError where a call does not fit a network of `input_shape`, `num_labels` and `depth`."""
     if x.shape[1:] != network.input_shape:
         raise ValueError(f"x {tuple(x.shape)}: this network takes (N, {', '.join(map(str, network.input_shape))})")
     if y is None and network.num_labels:
         raise ValueError("y: is missing, this network takes a class per example")
-    if y is not None and not network.num_labels:
-        raise ValueError("y: was given to a network without classes")
-    if y is not None and (y.shape != x.shape[:1] or y.dtype not in (torch.int32, torch.int64)):
-        raise ValueError(f"y: is {tuple(y.shape)} of {y.dtype}, not one integer class per example, ({len(x)},)")
     if tap is not None and not 1 <= tap <= network.depth:
         raise ValueError(f"tap {tap}: the network's blocks are 1 to {network.depth}")
+    if y is None:
+        return
+    if not network.num_labels:
+        raise ValueError("y: was given to a network without classes")
+    if y.shape != x.shape[:1] or y.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"y: is {tuple(y.shape)} of {y.dtype}, not one integer class per example, ({len(x)},)")
+    check_labels(y, network.num_labels)
 
 
 def check_labels(y, num_labels):
-    """Raise ValueError where a class (N,) has no row in the table. On the CPU alone: a GPU would have to be waited for."""
+    """Raise ValueError where a class (N,) has no row in the table. On the CPU alone: it would wait for a GPU."""
     if y.device.type == "cpu" and not torch.compiler.is_compiling():
         for label in y[(y < 0) | (y >= num_labels)][:1].tolist():
             raise ValueError(f"y: class {label}, the network's are 0 to {num_labels - 1}")
@@ -145,7 +145,6 @@ class LabelEmbedder(nn.Module):
     def forward(self, y, drop=None):
         if drop is None and self.training and self.dropout_prob > 0:
             drop = torch.rand(len(y), device=y.device) < self.dropout_prob
-        check_labels(y, self.embedding_table.num_embeddings)
         if drop is not None:
             y = torch.where(drop, self.num_classes, y)
             check_labels(y, self.embedding_table.num_embeddings)  # is there a null class?
@@ -189,9 +188,21 @@ class DiT(nn.Module):
     `token_dim` is missing.
     """
 
-    def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
-                 mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, learn_sigma=True,
-                 num_tokens=None, token_dim=None):  # fmt: skip
+    def __init__(
+        self,
+        input_size=32,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=1152,
+        depth=28,
+        num_heads=16,
+        mlp_ratio=4.0,
+        class_dropout_prob=0.1,
+        num_classes=1000,
+        learn_sigma=True,
+        num_tokens=None,
+        token_dim=None,
+    ):
         super().__init__()
         maps = takes_maps(num_tokens, token_dim)
         if maps:
@@ -204,7 +215,7 @@ class DiT(nn.Module):
         if hidden_size % 4 or hidden_size % num_heads:
             raise ValueError(f"hidden_size {hidden_size} must be a multiple of 4 and of num_heads {num_heads}")
         self.patch_size, self.token_dim = patch_size, token_dim
-        self.num_tokens, self.width, self.depth = num_tokens, hidden_size, depth  # of the hidden tokens of `tap`
+        self.num_tokens, self.width, self.depth = num_tokens, hidden_size, depth  # of the hidden tokens
         self.input_shape = (in_channels, input_size, input_size) if maps else (num_tokens, token_dim)
         self.out_channels = (1 + learn_sigma) * (in_channels if maps else token_dim)
         self.x_embedder = PatchEmbed(in_channels, patch_size, hidden_size, token_dim)
@@ -226,32 +237,30 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.x_embedder.proj.weight.shape[0], -1))
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
-        for table in (
-            self.t_embedder.mlp[0],
-            self.t_embedder.mlp[2],
-            self.y_embedder and self.y_embedder.embedding_table,
-        ):
-            if table is not None:
-                nn.init.normal_(table.weight, std=0.02)
-        for zeroed in (*(b.adaLN_modulation[1] for b in self.blocks), self.final_layer.adaLN_modulation[1],
-                       self.final_layer.linear):  # fmt: skip
-            nn.init.zeros_(zeroed.weight)
-            nn.init.zeros_(zeroed.bias)
+        tables = [self.t_embedder.mlp[0], self.t_embedder.mlp[2]]
+        for table in tables + ([self.y_embedder.embedding_table] if self.y_embedder else []):
+            nn.init.normal_(table.weight, std=0.02)
+        for layer in (*self.blocks, self.final_layer):
+            nn.init.zeros_(layer.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
 
-    def forward(self, x, t, y=None, drop=None, tap=None):
+    def forward(self, x, t, y=None, drop=None):
         """x (N, C, H, W) or (N, L, token_dim), t (N,) scaled time, y (N,) classes -> same shape as x (twice the
         channels with learn_sigma). `drop` (N,) bool replaces those labels by the null class; left out, a network
-        in training mode drops them itself. `tap` k >= 1 also returns the hidden tokens (N, L, D) after block k.
-        Raises ValueError where x, y or tap do not fit; a class out of range is looked for on the CPU alone.
+        in training mode drops them itself. Raises ValueError where x or y do not fit; a class out of range is looked
+        for on the CPU alone.
         """
+        return self.tapped(x, t, y, drop)[0]
+
+    def tapped(self, x, t, y=None, drop=None, tap=None):
+        """The output of `forward`, and the hidden tokens (N, L, D) after block `tap`, 1..depth; None without a tap."""
         check_call(self, x, y, tap)
         x = self.x_embedder(x) + self.pos_embed  # (N, L, D)
-        c = self.t_embedder(t)  # (N, D)
+        c, hidden = self.t_embedder(t), None  # (N, D)
         if self.y_embedder is not None:
             c = c + self.y_embedder(y, drop)
-        hidden = None
         for k, block in enumerate(self.blocks, 1):
             x = block(x, c)
             if k == tap:
@@ -259,4 +268,32 @@ class DiT(nn.Module):
         x = self.final_layer(x, c)  # (N, L, p*p*C)
         if self.token_dim is None:
             x = unpatchify(x, self.patch_size, self.out_channels)
-        return x if tap is None else (x, hidden)
+        return x, hidden
+
+
+def read_published(state, kind):
+    """A published DiT ("dit") or SiT ("sit") on maps, read off the keys of its plain state dict: all but its heads.
+
+    -> config, state; None where the keys are another network's. config: patch, channels and side of the maps, predict,
+    path, classes (names or None), label_dropout, and of a SiT `reversed`, whether its time runs from noise to data. The
+    state has no learned sigmas and no projectors of REPA. Raises ValueError ("is no whole dit's ...") where keys lack.
+    """
+    patches = state.get("x_embedder.proj.weight")
+    if getattr(patches, "ndim", 0) != 4:
+        return None
+    _, channels, patch, _ = patches.shape
+    projected = any(key.startswith("projectors.") for key in state)
+    state = {key: value for key, value in state.items() if not key.startswith("projectors.")}
+    try:
+        out = state["final_layer.linear.weight"].shape[0] // patch**2
+        for key in ("final_layer.linear.weight", "final_layer.linear.bias"):  # (p p out, ...), the sigmas last
+            state[key] = state[key].unflatten(0, (patch**2, out))[:, :channels].flatten(0, 1)
+        side = math.isqrt(state["pos_embed"].shape[1]) * patch
+    except (KeyError, IndexError, RuntimeError) as error:
+        raise ValueError(f"is no whole {kind}'s ({error})") from error
+    rows = len(state.get("y_embedder.embedding_table.weight", ()))  # the last is the null class
+    config = {"patch": patch, "channels": channels, "side": side, "predict": "eps", "path": "vp"}
+    config |= {"classes": [str(i) for i in range(rows - 1)] if rows else None, "label_dropout": 0.1 if rows else 0.0}
+    if kind == "sit":  # its own release, with learned sigmas, runs from noise at t = 0 to data at 1, REPA's like ours
+        config |= {"predict": "v", "path": "flow", "reversed": out != channels and not projected}
+    return config, state

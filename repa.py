@@ -9,7 +9,8 @@
     target = dog_target(resize_tokens(tokens, 16), 0, 2)                # or irepa_target, or the tokens themselves
     loss = alignment_loss(projector(hidden), target).mean()             # hidden (N, 256, width) of the noisy input
 
-What a target keeps of the tokens is measured by `lds` here and by rmsc and directional_energy of spectral_losses.py.
+What a target keeps of the tokens is measured by `lds` here and by rmsc and directional_energy of spectral_losses.py;
+`frechet_distance` compares the summaries of two sets of images: the FID with load_encoder("inception").
 """
 
 import functools
@@ -71,7 +72,8 @@ class HOG(nn.Module):
 
     def forward(self, images):
         if images.shape[-2] % self.CELL or images.shape[-1] % self.CELL:
-            raise ValueError(f"hog: images of {images.shape[-2]}x{images.shape[-1]}, no multiples of {self.CELL} pixels")
+            size = f"{images.shape[-2]}x{images.shape[-1]}"
+            raise ValueError(f"hog: images of {size}, no multiples of {self.CELL} pixels")
         x = F.pad(images.float(), (1, 1, 1, 1), mode="replicate")
         dx, dy = x[..., 1:-1, 2:] - x[..., 1:-1, :-2], x[..., 2:, 1:-1] - x[..., :-2, 1:-1]  # (N, 3, H, W)
         length, strongest = torch.hypot(dx, dy).max(1, keepdim=True)  # (N, 1, H, W)
@@ -91,18 +93,46 @@ class HOG(nn.Module):
         return tokens, tokens.mean(1)
 
 
-def load_encoder(spec, device="cpu", resolution=PATCH_ENCODER_SIZE, antialias=False):
-    """The encoder of SPEC: "hog", or REPO:ENTRY, REPO a local folder with a hubconf.py, else a repository torch.hub
-    downloads. `resolution`: pixels given to one that has a patch size, `antialias`: when they are resized to it.
+class Inception(nn.Module):
+    """torch-fidelity's Inception-v3, whose Frechet distance is the FID. Images (N, 3, H, W) in [-1, 1] -> token
+    (N, 1, 2048), summary (N, 2048): its features of the images as uint8. `weights`: a file, None to download it.
+    """
+
+    def __init__(self, weights=None):
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+
+        super().__init__()
+        try:
+            self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], weights)
+        except Exception as error:  # torch.hub's or urllib's download, torch.load, load_state_dict
+            raise ValueError(
+                f"the network's weights could not be loaded ({str(error)[:200]}). Without --features-weights, "
+                f"torch-fidelity downloads {URL_INCEPTION_V3} to {torch.hub.get_dir()}/checkpoints; fetch that file "
+                "yourself and pass --features-weights FILE"
+            ) from error
+        self.network.eval().requires_grad_(False)
+
+    def forward(self, images):
+        pixels = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        with torch.autocast(images.device.type, enabled=False):
+            summary = self.network(pixels)[0]
+        return summary[:, None], summary
+
+
+def load_encoder(spec, device="cpu", resolution=PATCH_ENCODER_SIZE, antialias=False, weights=None):
+    """The encoder of SPEC: "hog", "inception" (of the file `weights`), or REPO:ENTRY, REPO a local folder with a
+    hubconf.py, else a repository torch.hub downloads. `resolution`: pixels given to one that has a patch size,
+    `antialias`: when they are resized to it.
 
     Raises ValueError, naming address and folder, where SPEC has another form, the entry does not exist or it or its
     weights cannot be fetched, or its module has no `forward_features`.
     """
-    if spec == "hog":
-        return HOG().to(device)
+    if spec in ("hog", "inception"):
+        return (HOG() if spec == "hog" else Inception(weights)).to(device)
     repo, colon, entry = spec.rpartition(":")
     if not (colon and repo and entry):
-        raise ValueError(f"encoder {spec!r} is neither hog nor REPO:ENTRY, such as facebookresearch/dinov2:dinov2_vitb14")
+        forms = "neither hog nor REPO:ENTRY, such as facebookresearch/dinov2:dinov2_vitb14"
+        raise ValueError(f"encoder {spec!r} is {forms}")
     local = Path(repo).is_dir()
     if local and not (Path(repo) / "hubconf.py").is_file():
         raise ValueError(f"encoder folder {repo} holds no hubconf.py")
@@ -110,14 +140,15 @@ def load_encoder(spec, device="cpu", resolution=PATCH_ENCODER_SIZE, antialias=Fa
         network = torch.hub.load(repo, entry, source="local" if local else "github", trust_repo=True)
     except Exception as error:  # whatever the repository's own code raises
         frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
-        urls = [known["url"] for known in frames if isinstance(known.get("url"), str)]  # what was being fetched
+        urls = [names["url"] for names in frames if isinstance(names.get("url"), str)]  # what was being fetched
         offline = isinstance(error, OSError) or isinstance(error.__cause__, OSError)
         if not urls and (local or not offline):
             raise ValueError(f"encoder {spec}: {repo} gave no entry {entry!r} ({error})") from error
+        url = urls[-1] if urls else f"https://github.com/{repo}"
         raise ValueError(
-            f"encoder {spec}: {urls[-1] if urls else f'https://github.com/{repo}'} could not be fetched into "
-            f"{torch.hub.get_dir()} ({error}). Put the file there yourself (into checkpoints/ if it holds weights), or "
-            f"name a local copy of the repository as FOLDER:{entry}, a folder with a hubconf.py"
+            f"encoder {spec}: {url} could not be fetched into {torch.hub.get_dir()} ({error}). Put the file there "
+            "yourself (into checkpoints/ if it holds weights), or name a local copy of the repository as "
+            f"FOLDER:{entry}, a folder with a hubconf.py"
         ) from error
     if not callable(getattr(network, "forward_features", None)):
         raise ValueError(f"encoder {spec}: its module has no forward_features, as DINOv2's have")
@@ -127,7 +158,7 @@ def load_encoder(spec, device="cpu", resolution=PATCH_ENCODER_SIZE, antialias=Fa
 # ---- targets ----------------------------------------------------------------------------------------------
 
 EPS = 1e-6  # beside a standard deviation [code]
-DOG_SIGMAS = (0.0, 2.0)  # in tokens: from the middle of the flat best range of our comparison (README)
+DOG_SIGMAS = (0.0, 2.0)  # in tokens: from the middle of the flat best range of our comparison (assets/evidence.md)
 
 
 def as_map(tokens):
@@ -158,7 +189,7 @@ def blur_matrix(side, sigma, device):
 
 
 def blur(field, sigma):
-    """(N, D, h, w) -> the same, smoothed by a Gaussian of sigma positions, renormalised at the borders; 0 smooths nothing."""
+    """(N, D, h, w) -> the same, smoothed by a Gaussian of sigma positions, renormalised at the borders; 0: as it is."""
     if sigma == 0:
         return field
     rows, cols = (blur_matrix(side, sigma, field.device) for side in field.shape[-2:])
@@ -190,8 +221,7 @@ def dog_target(tokens, sigma1, sigma2):
 
 def make_target(tokens, method, sigmas=DOG_SIGMAS):
     """The target of method "repa" (the tokens as they are), "irepa" or "dog". (N, T, D) -> (N, T, D)"""
-    return {"repa": lambda: tokens, "irepa": lambda: irepa_target(tokens),
-            "dog": lambda: dog_target(tokens, *sigmas)}[method]()  # fmt: skip
+    return {"repa": lambda z: z, "irepa": irepa_target, "dog": lambda z: dog_target(z, *sigmas)}[method](tokens)
 
 
 # ---- alignment --------------------------------------------------------------------------------------------
@@ -201,8 +231,8 @@ class MLPProjector(nn.Sequential):
     """REPA's projector, each token by itself: three layers with SiLUs between. (N, T, dim) -> (N, T, target_dim)"""
 
     def __init__(self, dim, target_dim, width=2048):
-        super().__init__(nn.Linear(dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
-                         nn.Linear(width, target_dim))  # fmt: skip
+        first, second, third = nn.Linear(dim, width), nn.Linear(width, width), nn.Linear(width, target_dim)
+        super().__init__(first, nn.SiLU(), second, nn.SiLU(), third)
 
 
 class ConvProjector(nn.Module):
@@ -223,15 +253,18 @@ def make_projector(method, dim, target_dim, width=2048):
 
 class Aligned(nn.Module):
     """A network (`DiT` or `UViT`) and the projector of its hidden tokens after block `depth`: one forward call, as
-    DistributedDataParallel wants it. The network's arguments -> (its output, projected tokens (N, T, target_dim))
+    DistributedDataParallel wants it. The network's arguments -> its output, the projected tokens (N, T, target_dim),
+    None without a projector.
     """
 
-    def __init__(self, network, projector, depth):
+    def __init__(self, network, projector=None, depth=None):
         super().__init__()
-        self.network, self.projector, self.tap = network, projector, depth
+        self.network, self.projector, self.depth = network, projector, depth
 
     def forward(self, x, t, y=None, drop=None):
-        output, hidden = self.network(x, t, y, drop, self.tap)
+        if self.projector is None:
+            return self.network.tapped(x, t, y, drop)
+        output, hidden = self.network.tapped(x, t, y, drop, self.depth)
         return output, self.projector(hidden)
 
 
@@ -240,12 +273,14 @@ def alignment_loss(student, target):
     return -F.cosine_similarity(student.float(), target.float(), dim=2).mean(1)
 
 
+# ---- measures ---------------------------------------------------------------------------------------------
+
 DISTANT = 6  # tokens apart, by rows and columns, from where on a pair is distant for `lds`
 
 
 def lds(field):
-    """Local against distant similarity (iREPA's measure of spatial structure): the mean cosine of neighbours in a row or
-    column, minus that of tokens at a Manhattan distance of 6 or more [code], on smaller grids at the largest there is.
+    """Local against distant similarity (iREPA's measure of spatial structure): the mean cosine of neighbours in a row
+    or column, minus that of tokens at a Manhattan distance of 6 or more [code], on smaller grids at their largest.
     (N, D, g, g) -> (N,), 0 for one token
     """
     u, side = F.normalize(field.float().flatten(2), dim=1), field.shape[-1]  # (N, D, T)
@@ -254,3 +289,19 @@ def lds(field):
     distance = (at[:, None] - at).abs().sum(2)  # (T, T)
     cosines, near, far = u.mT @ u, distance == 1, distance >= max(1, min(DISTANT, 2 * (side - 1)))
     return (cosines * near).sum((1, 2)) / near.sum().clamp_min(1) - (cosines * far).sum((1, 2)) / far.sum().clamp_min(1)
+
+
+def principal_colours(tokens, size):
+    """The first three principal components of tokens (N, T, D) as images (N, 3, size, size) in [-1, 1]."""
+    flat = tokens.flatten(0, 1) - tokens.flatten(0, 1).mean(0)  # (N T, D)
+    colours = flat @ torch.linalg.svd(flat, full_matrices=False).Vh[:3].mT
+    colours = (colours / (2 * colours.std(0) + 1e-6)).clamp(-1, 1).unflatten(0, tokens.shape[:2])  # (N, T, 3)
+    return F.interpolate(as_map(colours), (size, size))
+
+
+def frechet_distance(a, b):
+    """Between two sets of features (n, D), by torch-fidelity: the FID where they are Inception's."""
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+
+    a, b = fid_features_to_statistics(a), fid_features_to_statistics(b)
+    return fid_statistics_to_metric(a, b, verbose=False)[KEY_METRIC_FID]

@@ -57,8 +57,8 @@ def radial_bands(height, width, bins=BINS, device=None):
 
 
 def bands_in_use(height, width, bins=BINS):
-    """The bands that hold a coefficient besides DC -> list of 0..bins-1; of fields less than 13 wide not all do: the first
-    of an 8 x 8 field holds DC alone.
+    """The bands that hold a coefficient besides DC -> list of 0..bins-1; of fields less than 13 wide not all do: the
+    first of an 8 x 8 field holds DC alone.
     """
     cells = _cells(height, width, bins, None).tolist()
     return [band for band in range(bins) if cells[band] > (band == 0)]
@@ -103,11 +103,11 @@ def power_law_exponent(x, delta=0.0, bins=BINS):
     """
     power = dct2(x).square().mean((0, 1))  # (H, W)
     radius = _radius(*x.shape[-2:], x.device).to(power.dtype)
-    seen = (radius > 0).to(power.dtype)  # DC has no place on a logarithmic axis
-    fields = torch.stack([seen] + [seen * v.clamp_min(1e-20).log() for v in (radius, power)])
+    ac = (radius > 0).to(power.dtype)  # DC has no place on a logarithmic axis
+    fields = torch.stack([ac] + [ac * v.clamp_min(1e-20).log() for v in (radius, power)])
     (count, f, p), _ = _band_sums(fields, bins)
-    kept = count > 0
-    f, p = f[kept] / count[kept], p[kept] / count[kept] + delta * torch.arange(1, bins + 1, device=x.device)[kept].log()
+    used = count > 0
+    f, p = f[used] / count[used], p[used] / count[used] + delta * torch.arange(1, bins + 1, device=x.device)[used].log()
     f, p = f - f.mean(), p - p.mean()
     return -(f * p).sum() / f.square().sum()
 
@@ -126,7 +126,7 @@ def band_error(prediction, reference, bins=BINS):
 
 @functools.lru_cache(maxsize=16)
 def _blurred_resampling(n, m, dtype, device):
-    """(m, n): zero-padded Gaussian blur, then bicubic interpolation without antialiasing, along one axis of n pixels."""
+    """(m, n): zero-padded Gaussian blur, then bicubic interpolation without antialiasing, along an axis of n pixels."""
     with torch.inference_mode(False), torch.no_grad():
         g = torch.exp(-(torch.arange(BLUR_SIZE).double() - BLUR_SIZE // 2).square() / (2 * BLUR_SIGMA**2))
         x = torch.eye(n, dtype=torch.float64)[None, None]
@@ -141,9 +141,9 @@ def blurs(width):
 
 @in_float32
 def resize_to_latent(images, size, blur=None):
-    """Images (N, C, H, W) as ESM compares them with a latent: blurred by a zero-padded 7 x 7 Gaussian of sigma 1.2 (None:
-    where the authors do, see `blurs`), then bicubic without antialiasing -> (N, C, *size). Both are linear along each
-    axis, so that two matrix products do both.
+    """Images (N, C, H, W) as ESM compares them with a latent: blurred by a zero-padded 7 x 7 Gaussian of sigma 1.2
+    (None: where the authors do, see `blurs`), then bicubic without antialiasing -> (N, C, *size). The two are linear
+    along each axis: two matrix products do them.
     """
     if not (blurs(size[-1]) if blur is None else blur):
         return F.interpolate(images, size, mode="bicubic")
@@ -167,8 +167,8 @@ def log_shares(power):
 
 
 def spectral_kl(target, shares):
-    """KL(target || shares) of two normalised spectra (N, bins) -> (N,). The paper's published numbers are of mean spectra:
-    shares averaged over the images first.
+    """KL(target || shares) of two normalised spectra (N, bins) -> (N,). The paper's published numbers are of mean
+    spectra: shares averaged over the images first.
     """
     return (torch.xlogy(target, target) - target * shares.clamp_min(1e-12).log()).sum(1)
 
@@ -182,6 +182,33 @@ def esm_loss(images, latents, delta=1.0, bins=BINS, blur=None):
     """
     target = target_power(psd(resize_to_latent(images, latents.shape[-2:], blur), bins), delta)
     return spectral_kl(log_shares(target), log_shares(psd(latents, bins))).mean()
+
+
+def compare_with_target(image, latent, height, width, delta=1.0):
+    """Spectra of latents beside the target's, image x f^delta. image, latent (N, BINS): `psd` of every image, resized
+    to the latent of height x width, and of every latent -> dict of plain values.
+
+    "raw" is as ESM sees them; at "unit_std" latents, target and image are brought to std 1 over the data set (about
+    each field's mean) before the logarithm, which is not free of scale. Each holds mean shares of log power of the
+    `bands` that have coefficients; the KL of those mean spectra, which is what the paper publishes, and the larger mean
+    of the KLs per image, which is what ESM lowers; and the latents' share in the upper half less the target's.
+    """
+    spectra = {"image": image, "target": target_power(image, delta), "latent": latent}
+    variances = {name: variance_of(power, height, width).mean() for name, power in spectra.items()}
+    used = bands_in_use(height, width)
+    upper = torch.tensor(used) >= BINS // 2
+    result = {"delta": delta, "bands": [band + 1 for band in used]}
+    result["spatial_std"] = {name: variance.sqrt().item() for name, variance in variances.items()}
+    for scale in ("unit_std", "raw"):
+        divisors = variances if scale == "unit_std" else dict.fromkeys(spectra, torch.ones(()))
+        shares = {n: log_shares(power / divisors[n].clamp_min(1e-12))[:, used] for n, power in spectra.items()}
+        means = {name: share.mean(0) for name, share in shares.items()}
+        result[scale] = {f"{name}_shares": mean.tolist() for name, mean in means.items()} | {
+            "kl_of_mean_spectra": spectral_kl(means["target"][None], means["latent"][None]).item(),
+            "mean_of_kls_per_image": spectral_kl(shares["target"], shares["latent"]).mean().item(),
+            "upper_share": (means["latent"] - means["target"])[upper].sum().item(),
+        }
+    return result
 
 
 # ---- decoding spectrum matching ---------------------------------------------------------------------------
@@ -204,9 +231,9 @@ def low_pass(x, k, block=DSM_BLOCK):
 
 
 def block_that_fits(height, width):
-    """DSM's block for a latent: the largest of 8, 4 and 2 that divides it and is at most half its side, as in the authors'
-    latents (16 and 32 wide, blocks of 8), or None. A block as large as the latent would make the mask a low-pass of the
-    whole frame, and the latents far too smooth.
+    """DSM's block for a latent: the largest of 8, 4 and 2 that divides it and is at most half its side, as in the
+    authors' latents (16 and 32 wide, blocks of 8), or None. A block as large as the latent would make the mask a
+    low-pass of the frame, and the latents far too smooth.
     """
     fits = (b for b in (DSM_BLOCK, 4, 2) if height % b == width % b == 0 and 2 * b <= min(height, width))
     return next(fits, None)

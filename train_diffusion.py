@@ -1,434 +1,178 @@
-"""Train a diffusion model on block-DCT tokens (DCTdiff, arXiv 2412.15032), on latents or on pixels.
+"""Stage 2: train a diffusion model on block-DCT tokens (DCTdiff, arXiv
+2412.15032), on latents or on pixels.
 
-    python train_diffusion.py                                    # built-in images, five minutes on a laptop
-    python train_diffusion.py --data photos/ --size 64           # a folder or .zip of images
-    torchrun --nproc_per_node=8 train_diffusion.py --data photos.zip --size 256 --model uvit-m
-    python train_diffusion.py --latents photos.latents           # of train_vae.py --encode; --vae RUN encodes on the fly
-    python train_diffusion.py --latents photos.latents --repa dog --encoder facebookresearch/dinov2:dinov2_vitb14
-    python train_diffusion.py --latents photos.latents --encoder hog --rmsc      # which target? no training
+    python train_diffusion.py                     # built-in images, minutes
+    python train_diffusion.py --data photos/ --size 64
+    torchrun --nproc_per_node=8 train_diffusion.py --data photos.zip --size 256
+    python train_diffusion.py --latents photos.latents    # of train_vae.py
+    python train_diffusion.py --latents photos.latents --repa dog
+    python train_diffusion.py --latents photos.latents --encoder hog --rmsc
 
-The same command again resumes. The method is in `diffusion_loss`, the tokens in dct.py, representation alignment in
-repa.py, the samplers in sample.py.
-What is random in a step follows from (seed, step) and what data it sees from (seed, images seen), whatever the
-number of processes: that is all the state a resumed run needs.
+The same command again resumes. The method comes first: paths, loss, the model,
+DDIM; then training. Tokens are in dct.py, representation alignment in repa.py,
+more samplers in sample.py, what all programs share in train_vae.py.
 """
 
+# What is random in a step follows from (seed, step), what data it sees from (seed, images seen), whatever the number of
+# processes: that is all the state a resumed run needs.
+
 import argparse
-import atexit
 import contextlib
 import copy
-import datetime
 import itertools
-import json
 import math
-import os
-import shutil
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Subset
-from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
+from torch.utils.data import DataLoader
 
-from dct import DCTStatistics, ebfr_weights, psnr_per_keep
-from dit import DiT
-from repa import (DOG_SIGMAS, PATCH_ENCODER_SIZE, Aligned, alignment_loss, as_map, lds, load_encoder, make_projector,
-                  make_target, resize_tokens)  # fmt: skip
-from sample import (PATHS, Diffusion, Images, InputError, add_device_flags, autocast, build_network, choose_device,
-                    generate, generator, like, load_weights, make_codec, open_autoencoder, parse_model, progress,
-                    read_checkpoint, run_program, save_grid, seeds, short_name, target, write_atomically)  # fmt: skip
+from dct import DCTCodec, DCTStatistics, ebfr_weights, psnr_per_keep
+from dit import DIT_SIZES, DiT
+from repa import DOG_SIGMAS, PATCH_ENCODER_SIZE, Aligned, alignment_loss, as_map, lds, make_projector, make_target
+from repa import principal_colours, resize_tokens
 from spectral_losses import band_error, directional_energy, rmsc
+from train_vae import NOISE, POSTERIOR, TIMES
+from train_vae import Images, InputError, Parser, Pixels, Processes, Records, Run, add_training_flags, at_least
+from train_vae import autocast, count_flops, fraction, generator, image_noise, latent_statistics, load_autoencoder
+from train_vae import mirrored, open_encoder, progress, quoted, read_checkpoint, run_program, save_grid, short_name
+from train_vae import spread, update_ema, write_atomically
+from uvit import UVIT_SIZES, UViT
+from vae import sample_posterior
 
-# ---- set-up: processes, data order ------------------------------------------------------------------------
+# ---- method: noise paths and predictions ------------------------------------------------------------------
 
-COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)  # rank 0 evaluates alone, decoding is uneven
-
-
-class Processes:
-    """This process among those of torchrun (NCCL on GPUs, Gloo on CPU), or alone."""
-
-    def __init__(self, device_name):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.local_rank, self.local_world = (
-            int(os.environ.get(f"LOCAL_{k}", d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1))
-        )
-        self.device = choose_device(device_name)
-        self.main = self.rank == 0
-        if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
-            atexit.register(dist.destroy_process_group)
-
-    def sum(self, tensor):
-        """In-place sum over processes."""
-        if self.world > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def local_first(self, make):
-        """make() on local rank 0, then on the others: what it downloads is fetched once a machine."""
-        if self.local_rank > 0:
-            self.barrier()
-        result = make()
-        if self.local_rank == 0:
-            self.barrier()
-        return result
-
-    def barrier(self):
-        if self.world > 1:
-            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
-
-    def wrap(self, network):
-        if self.world == 1:
-            return network
-        return DistributedDataParallel(network, device_ids=[self.device.index] if self.device.type == "cuda" else None)
-
-    def no_sync(self, wrapped, last):
-        """The context of one part of a batch: gradients are averaged over processes with the last."""
-        return contextlib.nullcontext() if last or self.world == 1 else wrapped.no_sync()
-
-    def print(self, text):
-        if self.main:
-            tqdm.write(text)
+PREDICTIONS = ("eps", "v", "x0")
+LEAST_SIGMA = 1e-4  # to divide by, with x0 prediction: sigma(0) is 0
 
 
-class DataOrder:
-    """Which images a step sees: epochs, each a permutation drawn from (seed, epoch), cut into batches end to end."""
-
-    def __init__(self, count, batch, seed):
-        self.count, self.batch, self.seed, self.epoch = count, batch, seed, None
-
-    def __call__(self, step):
-        """-> (batch,) long"""
-        parts, position, end = [], step * self.batch, (step + 1) * self.batch
-        while position < end:
-            epoch, offset = divmod(position, self.count)
-            if epoch != self.epoch:
-                self.epoch, self.order = epoch, torch.randperm(self.count, generator=generator(self.seed, epoch, 0))
-            parts.append(self.order[offset : offset + end - position])
-            position += len(parts[-1])
-        return torch.cat(parts)
-
-
-def prefetch(batches):
-    """The items of an iterator, each made by a background thread while the one before it is used."""
-    batches = iter(batches)
-    with ThreadPoolExecutor(1) as thread:
-        following = thread.submit(next, batches, None)
-        while (batch := following.result()) is not None:
-            following = thread.submit(next, batches, None)
-            yield batch
-
-
-# ---- data: decoded once, or on the fly --------------------------------------------------------------------
-
-MEMORY_LIMIT, SMALL = 2**31, 2**26  # bytes one process alone, or each of several, holds in memory
-DISK_SHARE = 0.8  # of the free disk, for a file
-
-
-class Store:
-    """The training images as uint8, decoded once to memory or to a memory-mapped file, or anew at every use.
-
-    Attributes: count (readable images), labels (of all images, long, or None), how (which of the three, and why).
+class VP:
+    """Variance-preserving path x_t = alpha x0 + sigma e, alpha^2 + sigma^2 = 1, t in [0, 1], with SNR scaling:
+    SNR'(t) = c SNR(t) exactly, abar' = c abar / (1 + (c - 1) abar) (DCTdiff, section 4.4). v = alpha e - sigma x0.
     """
 
-    def __init__(self, images, folder, processes, workers):
-        self.images, self.workers, self.unreadable, size = images, workers, set(), images.size
-        need, limit = len(images) * 3 * size * size, MEMORY_LIMIT if processes.world == 1 else SMALL
-        self.file, self.data = Path(folder) / f"images-{size}.u8", None
-        named, room = f"{len(images)} images of {size} px", f"{need / 2**20:,.0f} MiB"
-        if need <= limit:
-            self.how = f"{named}, in memory ({room}, no more than {limit / 2**20:.0f})"
-            self.data = np.empty((len(images), 3, size, size), np.uint8)
-            self._decode(range(len(images)), processes)
-        elif self._file_fits(need, processes):
-            why = "shared by the processes" if processes.world > 1 else "too large for memory"
-            self.how = f"{named}, in {self.file} ({room}, {why})"
-            self._map(processes)
-        else:
-            self.how = f"{named}, decoded on the fly by {workers} workers ({room}, too large for the disk)"
-        images.check_unreadable(len(self.unreadable))
-        self.indices = np.delete(np.arange(len(images)), sorted(self.unreadable))
-        self.count = len(self.indices)
-        self.labels = None if images.labels is None else torch.tensor(images.labels)
-        if self.unreadable:
-            self.how += f", {len(self.unreadable)} unreadable skipped"
+    BETA0, BETA1 = 0.1, 20.0  # beta(t) = BETA0 + (BETA1 - BETA0) t
+    LEAST_ALPHA = 0.0  # to divide by; alpha(1) is 0.0066 sqrt(c)
 
-    def align(self, indices):
-        """Draw from these images, those of a latent cache. Raises InputError where others can be read now."""
-        if self.data is not None and not np.array_equal(self.indices, indices):
-            raise InputError(f"--data {self.images.spec}: other images can be read now than when --latents was made of it")
-        self.indices, self.count = indices, len(indices)
+    def __init__(self, c=1.0):
+        self.c = c
 
-    def _decode(self, indices, processes):
-        """Fill self.data at these indices, and self.unreadable."""
-        workers = self.workers if len(indices) > 512 else 0
-        loader = DataLoader(Subset(self.images, indices), 64, num_workers=workers)
-        with progress(total=len(indices), unit="img", desc="decode", disable=not processes.main, leave=False) as bar:
-            for where, pixels, good in loader:
-                self.data[where.numpy()] = pixels.numpy()
-                self.unreadable |= set(where[~good].tolist())
-                bar.update(len(where))
+    def time(self, u):
+        """The t at share u of the way from data to noise, of training draws and sampler steps."""
+        return u
 
-    def _made_of(self):
-        names = self.images.names
-        return {"data": self.images.spec, "count": len(names), "first": str(names[0]), "last": str(names[-1])}
+    def log_abar(self, t):
+        return -(self.BETA0 * t + (self.BETA1 - self.BETA0) * t**2 / 2)  # without scaling
 
-    def _file_fits(self, need, processes):
-        """Is the file of these images there, or room for it? Process 0 looks, and drops what is of no use."""
-        answer, record = torch.zeros(1, device=processes.device), self.file.with_suffix(".json")
-        if processes.main:
-            there = record.exists() and json.loads(record.read_text())["made_of"] == self._made_of()
-            if not there:
-                for stale in (record, self.file, self.file.with_suffix(".part")):
-                    stale.unlink(missing_ok=True)
-            answer += there or need <= DISK_SHARE * shutil.disk_usage(self.file.parent).free
-        return processes.sum(answer).item() > 0
+    def alpha_sigma(self, t):
+        log_abar = self.log_abar(t)
+        scale = 1 + (self.c - 1) * log_abar.exp()
+        return (self.c * log_abar.exp() / scale).sqrt(), (-torch.expm1(log_abar) / scale).sqrt()
 
-    def _map(self, processes):
-        record, partial = self.file.with_suffix(".json"), self.file.with_suffix(".part")
-        shape = (len(self.images), 3, self.images.size, self.images.size)
-        if not record.exists():
-            if processes.main:
-                np.memmap(partial, np.uint8, "w+", shape=shape).flush()
-            processes.barrier()
-            self.data = np.memmap(partial, np.uint8, "r+", shape=shape)
-            self._decode(range(processes.rank, len(self.images), processes.world), processes)
-            self.data.flush()
-            bad = torch.zeros(len(self.images), dtype=torch.int32, device=processes.device)
-            bad[sorted(self.unreadable)] = 1
-            processes.sum(bad)
-            if processes.main:
-                os.replace(partial, self.file)
-                entry = json.dumps({"made_of": self._made_of(), "unreadable": bad.nonzero().flatten().tolist()})
-                write_atomically(record, lambda f: f.write(entry.encode()))
-        processes.barrier()
-        self.unreadable = set(json.loads(record.read_text())["unreadable"])
-        self.data = np.memmap(self.file, np.uint8, "r", shape=shape)
+    def log_snr_half(self, t):
+        """lambda(t) = log(alpha / sigma)"""
+        log_abar = self.log_abar(t)
+        return 0.5 * (math.log(self.c) + log_abar - torch.log(-torch.expm1(log_abar)))
 
-    def __getitem__(self, numbers):
-        """Readable images with these numbers (n,), 0..count-1 -> (n, 3, S, S) uint8."""
-        where = self.indices[np.asarray(numbers)]
-        if self.data is None:
-            return torch.stack([self.images.readable(i)[1] for i in where.tolist()])
-        return torch.from_numpy(self.data[where])
+    def t_of_lambda(self, lam):
+        """Exact inverse of `log_snr_half`."""
+        need = F.softplus(math.log(self.c) - 2 * lam)  # -log abar
+        return 2 * need / (self.BETA0 + (self.BETA0**2 + 2 * (self.BETA1 - self.BETA0) * need).sqrt())
 
-    def batches(self, order, steps, share):
-        """This process's `share` (a slice) of each step of a range: indices (n,) into the labels, (n, 3, S, S) uint8."""
-        wanted, pin = (self.indices[order(step)[share].numpy()] for step in steps), torch.cuda.is_available()
-        if self.data is not None:
-            for where in wanted:
-                pixels = torch.from_numpy(self.data[where])
-                yield torch.from_numpy(where), pixels.pin_memory() if pin else pixels
-            return
-        loader = DataLoader(self.images, batch_sampler=wanted, num_workers=self.workers, pin_memory=pin)
-        for where, pixels, good in loader:
-            for k in (~good).nonzero().flatten().tolist():  # another image, and its label, for an unreadable one
-                self.unreadable.add(where[k].item())
-                self.images.check_unreadable(len(self.unreadable))
-                where[k], pixels[k] = self.images.readable(where[k].item())
-            yield where, pixels
+    def beta(self, t):
+        """-d log abar' / dt: the drift is -beta x / 2, the squared diffusion beta."""
+        return (self.BETA0 + (self.BETA1 - self.BETA0) * t) / (1 + (self.c - 1) * self.log_abar(t).exp())
+
+    def velocity(self, alpha, sigma):
+        return -sigma, alpha  # coefficients of x0 and e in v
 
 
-class Cache:
-    """What a frozen encoder makes of every image of a data set and of its mirror image, one memory-mapped file.
+class StableDiffusionVP(VP):
+    """VP with Stable Diffusion's schedule, sqrt(beta) linear in t (arXiv 2112.10752; published latent U-ViTs)."""
 
-    header  dict: kind ("moments" of an autoencoder or "tokens" of a REPA encoder), shape, size (of the images), data,
-            first and last image, classes, and what made them. Moments: preset, factor, autoencoder (hash of its weights),
-            vae (where it was), scale (1 / std, None until all is encoded). Tokens: encoder.
-    status  (N,) uint8: 0 to be encoded, 1 encoded, 2 unreadable
-    labels  (N,) int32, -1 where there are no classes
-    values  (N, 2, ...) float16, of the image and of its mirror image: moments (2C, h, w), the mean and the log variance;
-            tokens (T, D)
+    ROOT0, ROOT1 = math.sqrt(0.85), math.sqrt(12.0)  # of beta(t), over t in [0, 1]
+
+    def log_abar(self, t):
+        rise = (self.ROOT1 - self.ROOT0) * t
+        return -t * (self.ROOT0**2 + self.ROOT0 * rise + rise**2 / 3)  # no difference of cubes: exact near t = 0
+
+    def t_of_lambda(self, lam):
+        rise = self.ROOT1 - self.ROOT0
+        need = F.softplus(math.log(self.c) - 2 * lam)  # -log abar
+        return ((3 * rise * need + self.ROOT0**3) ** (1 / 3) - self.ROOT0) / rise
+
+    def beta(self, t):
+        beta = (self.ROOT0 + (self.ROOT1 - self.ROOT0) * t) ** 2
+        return beta / (1 + (self.c - 1) * self.log_abar(t).exp())
+
+
+class Flow:
+    """Linear path x_t = (1 - t) x0 + t e with v = e - x0 (SiT, arXiv 2401.08740). SNR scaling by c moves the times
+    at which it is trained and sampled, SNR(time(u)) = c SNR(u), as SD3 does for resolution (2403.03206, section 5.3.2).
     """
 
-    MAGIC, PAGE = b"LATENTS1", 4096
-    MADE_BY = {"moments": "latent cache of train_vae.py --encode", "tokens": "token cache of --cache-targets"}
+    LEAST_ALPHA = 1e-2  # to divide by, with eps prediction: alpha(1) is 0
 
-    def __init__(self, file, mode="r", kind="moments"):
-        self.file = Path(file)
-        if not self.file.is_file():
-            raise InputError(f"{file}: no such file; it should be a {self.MADE_BY[kind]}")
-        with self.file.open("rb") as handle:
-            known = handle.read(8) == self.MAGIC
-            self.room = int.from_bytes(handle.read(8), "little")
-            self.header = json.loads(handle.read(self.room - 16)) if known else {}
-        if self.header.get("kind") != kind:
-            raise InputError(f"{file}: no {self.MADE_BY[kind]}")
-        n, *rest = self.header["shape"]
-        offsets = self.layout(self.room, self.header["shape"])
-        if self.file.stat().st_size < offsets[-1]:
-            raise InputError(f"{file}: cut off, {self.file.stat().st_size:,} of {offsets[-1]:,} bytes; copy it again")
-        self.status = np.memmap(file, np.uint8, mode, offsets[0], (n,))
-        self.labels = np.memmap(file, np.int32, mode, offsets[1], (n,))
-        self.values = np.memmap(file, np.float16, mode, offsets[2], (n, *rest))
+    def __init__(self, c=1.0):
+        self.c = c
 
-    @classmethod
-    def layout(cls, room, shape):
-        """Where status, labels and values begin, and the size of the file, in bytes."""
-        offsets = [room]
-        for size in (shape[0], 4 * shape[0], 2 * math.prod(shape)):
-            offsets.append(math.ceil((offsets[-1] + size) / cls.PAGE) * cls.PAGE)
-        return offsets
+    def time(self, u):
+        return u / (u + math.sqrt(self.c) * (1 - u))
 
-    @classmethod
-    def pack(cls, header, room=None):
-        text = json.dumps(header).encode()
-        room = room or math.ceil((len(text) + 256) / cls.PAGE) * cls.PAGE  # space for the scale
-        return (cls.MAGIC + room.to_bytes(8, "little") + text).ljust(room), room
+    def alpha_sigma(self, t):
+        return 1 - t, t  # c moves t instead, see `time`
 
-    @classmethod
-    def create(cls, file, header, labels):
-        """Write the file without values."""
-        start, room = cls.pack(header)
-        with open(file, "wb") as handle:
-            handle.write(start)
-            size = cls.layout(room, header["shape"])[-1]
-            handle.truncate(size)
-            if hasattr(os, "posix_fallocate"):  # a disk that fills up later would kill the process
-                os.posix_fallocate(handle.fileno(), 0, size)
-        cls(file, "r+", header["kind"]).labels[:] = -1 if labels is None else labels
-
-    def same(self, header):
-        """Is this what `header` says, the scale and where the autoencoder was aside?"""
-        return all(self.header[key] == header.get(key) for key in self.header if key not in ("scale", "vae"))
-
-    def finish(self, **entries):
-        self.header |= entries
-        with self.file.open("r+b") as handle:
-            handle.write(self.pack(self.header, self.room)[0])
-
-    def read(self, where, flip, device):
-        """Values of images `where` (n,), of the mirror images where flip (n,), both on the CPU -> (n, ...) float32"""
-        values = torch.from_numpy(self.values[where.numpy(), flip.numpy().astype(int)])
-        return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True).float()
-
-    def whole(self):
-        """Itself. Raises InputError where it is unfinished."""
-        if (np.asarray(self.status) == 0).any() or self.header.get("scale", 1) is None:
-            raise InputError(f"{self.file}: unfinished; the command that began it completes it")
-        return self
-
-    # what a `Store` has as well
-
-    @property
-    def indices(self):
-        """Of the images that could be read."""
-        return np.flatnonzero(np.asarray(self.status) == 1)
-
-    @property
-    def count(self):
-        return len(self.indices)
-
-    @property
-    def how(self):
-        return f"latents of {self.count} images of {self.header['size']} px and their mirror images, in {self.file}"
-
-    def batches(self, order, steps, share):
-        """As `Store.batches`, without pixels."""
-        indices = self.indices
-        for step in steps:
-            yield torch.from_numpy(indices[order(step)[share].numpy()]), None
+    def velocity(self, alpha, sigma):
+        return -torch.ones_like(sigma), torch.ones_like(alpha)
 
 
-def fill_cache(file, header, images, encode, processes, args, flag, batch=32, finish=lambda cache: {}):
-    """Make the file of a `Cache`, or go on where making it was interrupted, with any number of processes of one machine;
-    no collective waits on any of them. Its size is stated first.
-
-    encode(images (n, 3, S, S) in [-1, 1]) -> (n, 2, ...), of them and their mirror images; finish(cache) -> entries
-    that its header gains at the end. -> whether there was anything to do. Raises InputError, naming `flag`.
-    """
-    file, say, device, kind = Path(file), processes.print, processes.device, header["kind"]
-    unfinished, shape = Path(f"{file}.part"), header["shape"]
-    if file.is_dir():
-        raise InputError(f"{flag} {file}: is a folder; name a file")
-    if not file.exists() and processes.world != processes.local_world:
-        raise InputError(f"{flag}: runs on one machine, whose processes share the memory-mapped file")
-    if processes.main and not file.exists() and not unfinished.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        need, free = Cache.layout(0, shape)[-1], shutil.disk_usage(file.parent).free
-        say(f"{kind:8} {shape[0]} images and mirror images, {' x '.join(map(str, shape[2:]))} float16 each: "
-            f"{need / 2**20:,.1f} MiB into {file}")  # fmt: skip
-        if need > DISK_SHARE * free:
-            raise InputError(f"{flag} {file}: needs {need / 2**20:,.1f} MiB, its disk has {free / 2**20:,.1f} free")
-        new = Path(f"{unfinished}.{os.getpid()}")
-        Cache.create(new, header, images.labels)
-        try:
-            os.link(new, unfinished)
-        except FileExistsError:
-            pass  # another command was faster: both fill that one
-        except OSError:  # a disk without hard links
-            os.replace(new, unfinished)
-        new.unlink(missing_ok=True)
-    while not file.exists() and not unfinished.exists():  # process 0 makes it
-        time.sleep(0.1)
-    if file.exists():
-        if not Cache(file, kind=kind).same(header):
-            raise InputError(f"{flag} {file}: holds other {kind}; name another file")
-        return False
-    cache = Cache(unfinished, "r+", kind)
-    if not cache.same(header):
-        raise InputError(f"{unfinished}: unfinished, of other images or another encoder; remove it first")
-    mine = np.arange(processes.rank, len(images), processes.world)
-    mine = mine[cache.status[mine] == 0].tolist()
-    loader = DataLoader(Subset(images, mine), batch, num_workers=workers(args, processes))
-    with torch.no_grad(), progress(total=len(images), initial=max(0, len(images) - processes.world * len(mine)),
-                                   unit="img", desc="encode", disable=not processes.main) as bar:  # fmt: skip
-        for where, pixels, good in loader:
-            if good.any():
-                cache.values[where[good].numpy()] = encode(pixels[good].to(device) / 127.5 - 1).half().cpu().numpy()
-                cache.values.flush()  # before they are called encoded
-            cache.status[where.numpy()] = np.where(good.numpy(), 1, 2)
-            bar.update(min(len(where) * processes.world, len(images) - bar.n))
-    if not processes.main:
-        while not file.exists():
-            time.sleep(0.2)
-        return True
-    while (cache.status == 0).any():  # the other processes' share
-        time.sleep(0.2)
-    if file.exists():  # another command made it meanwhile, from the same unfinished file
-        return True
-    unreadable = np.flatnonzero(cache.status == 2)
-    try:
-        images.check_unreadable(len(unreadable))
-    except InputError:
-        cache.status[unreadable] = 0  # the same command tries them again
-        raise
-    cache.finish(**finish(cache))
-    cache.status.flush()
-    os.replace(unfinished, file)
-    return True
+PATHS = {"vp": VP, "vp-sd": StableDiffusionVP, "flow": Flow}
 
 
-class LatentStatistics:
-    """Mean and standard deviation of sampled latents, exactly, from a stream of posteriors."""
-
-    def __init__(self):
-        self.total = self.squares = self.count = 0
-
-    def add(self, mean, logvar):
-        """mean, logvar (N, C, h, w)"""
-        mean, logvar = mean.double(), logvar.double()
-        self.total = self.total + mean.sum((0, 2, 3)).cpu()
-        self.squares = self.squares + (mean.square() + logvar.exp()).sum().cpu()
-        self.count += mean[:, 0].numel()
-
-    def result(self):
-        """-> {"mean" per channel, "std" over all, "scale" = 1 / std}"""
-        mean = self.total / self.count
-        std = (self.squares / (self.count * len(mean)) - mean.mean() ** 2).sqrt().item()
-        return {"mean": mean.tolist(), "std": std, "scale": 1 / std}
+def like(t, x):
+    """(N,) -> (N, 1, ..., 1) to multiply x (N, ...)."""
+    return t.view(-1, *[1] * (x.ndim - 1))
 
 
-# ---- method -----------------------------------------------------------------------------------------------
+def target(path, predict, x0, eps, t):
+    """What the network has to predict at t (N,), shaped like x0."""
+    a, b = path.velocity(*path.alpha_sigma(like(t, x0)))
+    return {"eps": eps, "x0": x0, "v": a * x0 + b * eps}[predict]
+
+
+def x0_and_eps(path, predict, x, t, output):
+    """The two sides of x_t = alpha x0 + sigma e that a network's output at t (N,) stands for."""
+    alpha, sigma = path.alpha_sigma(like(t, x))
+    if predict == "eps":
+        return (x - sigma * output) / alpha.clamp_min(path.LEAST_ALPHA), output
+    if predict == "x0":
+        return output, (x - alpha * output) / sigma.clamp_min(LEAST_SIGMA)
+    a, b = path.velocity(alpha, sigma)  # alpha b - sigma a = 1 on both paths
+    return b * x - sigma * output, alpha * output - a * x
+
+
+# ---- method: loss -----------------------------------------------------------------------------------------
 
 X0_FLOOR = 0.04  # x0 errors are weighted 1 / (sigma^2 + this): the v loss, bounded near t = 0
+
+
+def diffusion_loss(diffusion, network, x0, eps, t, y=None, drop=None, weights=None, tokens=None):
+    """Squared error of the prediction at x_t = alpha x0 + sigma e, a mean per example, and the alignment of the
+    network's hidden tokens to target tokens (N, T, D), 0 without any. network: an `Aligned`.
+
+    x0, eps (N, *shape), t (N,), y (N,) classes, drop (N,) bool, weights (token_dim,) of EBFR -> twice (N,) float32
+    """
+    alpha, sigma = diffusion.path.alpha_sigma(like(t, x0))
+    output, student = diffusion.call(network, alpha * x0 + sigma * eps, t, y, drop)
+    error = (output.float() - target(diffusion.path, diffusion.predict, x0, eps, t)).square()
+    if weights is not None:
+        error = error * weights
+    if diffusion.predict == "x0":
+        error = error / (sigma**2 + X0_FLOOR)
+    aligned = torch.zeros_like(t) if tokens is None else alignment_loss(student, tokens)
+    return error.flatten(1).mean(1), aligned
 
 
 def draw_times(n, sampling, mean_std, path, generator):
@@ -440,1100 +184,766 @@ def draw_times(n, sampling, mean_std, path, generator):
     return path.time(u)
 
 
-def diffusion_loss(diffusion, network, x0, eps, t, y=None, drop=None, weights=None, tokens=None):
-    """Squared error of the prediction at x_t = alpha x0 + sigma e, a mean per example, and where there are target
-    tokens (N, T, D), the network being an `Aligned`, the alignment of its hidden tokens to them.
+# ---- method: the model, images in, images out -------------------------------------------------------------
 
-    x0, eps (N, *shape), t (N,), y (N,) classes, drop (N,) bool, weights (token_dim,) of EBFR
-    -> (N,) float32, (N,) float32 or None
+LATENT_PATCH = 2  # of networks on latents, unless --model says /PATCH
+VAE_BATCH = 16  # images an autoencoder sees at a time: it takes far more memory than the network on its latents
+
+
+class Diffusion:
+    """A network with its path, prediction and space: images in, images out.
+
+    config, plain values: space ("pixel", "dct" or "latent"), size, model, path (of PATHS), snr_scale, predict,
+    classes (names, or None), label_dropout; in DCT space also block, keep, eta; in latent space latent_shape
+    [C, h, w], scale (1 / std of the latents), autoencoder (hash of its weights). Published weights add network (more
+    arguments of it) and reversed (SiT: it is shown 1 - t and gives -v). vae: the frozen autoencoder, in latent space.
+    amp() is the context in which the networks run (see `autocast`); all else is computed in float32.
     """
-    alpha, sigma = diffusion.path.alpha_sigma(like(t, x0))
-    output, aligned = diffusion.output(network, alpha * x0 + sigma * eps, t, y, drop), None
-    if tokens is not None:
-        output, student = output
-        aligned = alignment_loss(student, tokens)
-    error = (output.float() - target(diffusion.path, diffusion.predict, x0, eps, t)).square()
-    if weights is not None:
-        error = error * weights
-    if diffusion.predict == "x0":
-        error = error / (sigma**2 + X0_FLOOR)
-    return error.flatten(1).mean(1), aligned
+
+    def __init__(self, config, network=None, vae=None, amp=contextlib.nullcontext):
+        self.config, self.predict, self.classes = config, config["predict"], config["classes"]
+        self.path, self.vae, self.amp = PATHS[config["path"]](config["snr_scale"]), vae, amp
+        self.codec = make_codec(config) if config["space"] == "dct" else None
+        self.network = network or build_network(config)
+        # As published: DiT and U-ViT are called with 999 t, SiT, which is DiT on the flow path, with t in 0..1.
+        self.time_scale = 1.0 if config["path"] == "flow" and isinstance(self.network, DiT) else 999.0
+        shape = config["latent_shape"] if config["space"] == "latent" else (3, config["size"], config["size"])
+        self.shape = (self.codec.num_tokens, self.codec.token_dim) if self.codec else tuple(shape)
+
+    @property
+    def device(self):
+        return next(self.network.parameters()).device
+
+    def encode(self, images, noise=None):
+        """(N, 3, S, S) in [-1, 1] -> what the network works on, (N, *shape). Of latents: a sample of the posterior, by
+        noise (N, *shape), or its mean.
+        """
+        if self.config["space"] == "latent":
+            with torch.no_grad(), self.amp():
+                moments = torch.cat([torch.cat(self.vae.encode(part), 1) for part in images.split(VAE_BATCH)])
+            return self.from_moments(moments.float(), noise)
+        return self.codec.encode(images) if self.codec else images
+
+    def from_moments(self, moments, noise=None):
+        """The same from the mean and log variance that the autoencoder makes of images, (N, 2C, h, w)."""
+        mean, logvar = moments.chunk(2, 1)
+        return self.config["scale"] * (mean if noise is None else sample_posterior(mean, logvar, noise))
+
+    def decode(self, x):
+        """(N, *shape) -> images (N, 3, S, S) in [-1, 1]."""
+        if self.config["space"] == "latent":
+            parts = (x / self.config["scale"]).split(VAE_BATCH)
+            with self.amp():
+                return torch.cat([self.vae.decode(part).float() for part in parts]).clamp(-1, 1)
+        return self.codec.decode(x) if self.codec else x.clamp(-1, 1)
+
+    def field(self, x):
+        """What spectra are taken of: images, in latent space the latents themselves."""
+        return x if self.config["space"] == "latent" else self.decode(x)
+
+    def call(self, network, x, t, y=None, drop=None):
+        """What a network, or an `Aligned`, returns at t (N,)."""
+        with self.amp():
+            return network(x, t * self.time_scale, y, drop)
+
+    def denoiser(self, y=None, guidance=1.0, interval=(0.0, 1.0), trace=None):
+        """denoise(x, t) -> (x0, eps) for the samplers. Classifier-free guidance (arXiv 2207.12598) within an interval
+        of t (2404.07724): null + guidance (class - null); 1 is the class alone, 0 the null class alone. trace(t, x0),
+        where there is one, is called with the prediction of x0 at every evaluation.
+        """
+
+        def output(x, t, y, drop=None):
+            if self.config.get("reversed"):
+                return -self.call(self.network, x, 1 - t, y, drop).float()
+            return self.call(self.network, x, t, y, drop).float()
+
+        def denoise(x, t):
+            scale = guidance if y is not None and interval[0] <= t[0] <= interval[1] else 1.0
+            if scale == 1.0:
+                out = output(x, t, y)
+            else:
+                drop = torch.arange(2 * len(x), device=x.device) >= len(x)
+                out, null = output(torch.cat((x, x)), torch.cat((t, t)), torch.cat((y, y)), drop).chunk(2)
+                out = null + scale * (out - null)
+            x0, eps = x0_and_eps(self.path, self.predict, x, t, out)
+            if trace:
+                trace(t[0].item(), x0)
+            return x0, eps
+
+        return denoise
 
 
-@torch.no_grad()
-def open_encoder(args, processes):
-    """`--encoder`, fetched by local rank 0 alone -> it, and its tokens (1, T, D) of a blank image. Raises InputError where
-    it cannot be had, or takes no images of --size, or gives no square grid of tokens.
-    """
-    resolution = PATCH_ENCODER_SIZE * max(1, args.size // 256)  # as published: 224 at 256 px, 448 at 512
+def parse_model(name):
+    """'uvit-s', 'dit-b/2' -> (class, its size arguments, patch size or None). Raises InputError."""
+    base, slash, patch = name.lower().partition("/")
+    kind, _, size = base.partition("-")
+    network, sizes = {"uvit": (UViT, UVIT_SIZES), "dit": (DiT, DIT_SIZES)}.get(kind, (None, {}))
+    if size not in sizes or (slash and not (patch.isdigit() and int(patch) > 0)):
+        names = ", ".join([f"uvit-{s}" for s in UVIT_SIZES] + [f"dit-{s}" for s in DIT_SIZES])
+        text = f"it takes {names}, with /PATCH in pixel and latent space (dit-b/2)"
+        raise InputError(f"--model {name}: unknown; {text}; a SiT is a dit on --path flow")
+    return network, sizes[size], int(patch) if slash else None
+
+
+def build_network(config):
+    """The network of a config (see `Diffusion`). Raises InputError where its parts do not fit together."""
+    network, kwargs, patch = parse_model(config["model"])
+    kwargs, classes = dict(kwargs), len(config["classes"] or ())
+    if network is DiT:
+        kwargs |= dict(num_classes=classes, learn_sigma=False, class_dropout_prob=config["label_dropout"])
+    else:  # U-ViT counts the null class
+        kwargs |= dict(num_classes=classes + (config["label_dropout"] > 0) if classes else -1)
+    if config["space"] == "dct":
+        if patch:
+            raise InputError(f"--model {config['model']}: in DCT space a token is one 2B x 2B area; leave /{patch} out")
+        codec = make_codec(config)
+        kwargs |= dict(num_tokens=codec.num_tokens, token_dim=codec.token_dim)
+    else:
+        latent = config["space"] == "latent"
+        channels, side = config["latent_shape"][:2] if latent else (3, config["size"])
+        names = ("input_size", "in_channels") if network is DiT else ("img_size", "in_chans")
+        kwargs |= {names[0]: side, names[1]: channels}
+        kwargs |= {"patch_size": patch or (LATENT_PATCH if latent else max(1, side // 16))}
     try:
-        encoder = processes.local_first(lambda: load_encoder(args.encoder, processes.device, resolution))
+        return network(**kwargs | config.get("network", {}))
     except ValueError as error:
-        raise InputError(f"--{error}") from error
+        raise InputError(f"--model {config['model']} at --size {config['size']}: {error}") from error
+
+
+def make_codec(config):
+    size, block, keep = (config[name] for name in ("size", "block", "keep"))
     try:
-        tokens = encoder(torch.zeros(1, 3, args.size, args.size, device=processes.device))[0]
-        as_map(tokens)
-    except Exception as error:  # whatever the encoder's own code raises
-        raise InputError(f"--encoder {args.encoder} on images of {args.size} px: {error}") from error
-    return encoder, tokens
+        return DCTCodec(size, block, keep, config["eta"])
+    except ValueError as error:
+        raise InputError(f"--size {size} --block {block} --keep {keep}: {error}") from error
 
 
-class Targets:
-    """The tokens that a network's hidden tokens are aligned to, from the encoder or from a cache of what it made.
+# ---- method: sampling -------------------------------------------------------------------------------------
 
-    make(images, cached): of images (N, 3, S, S) in [-1, 1], or of their tokens from `cache` -> (N, T, D). Attributes: dim;
-    cache and encoder, one of them None. Raises InputError where the encoder cannot be had or does not fit.
+
+def time_grid(path, steps, x, end=0.0):
+    """Sampler times from 1 to `end` -> (steps + 1,) float32"""
+    return path.time(torch.linspace(1, end, steps + 1, dtype=torch.float64, device=x.device)).float()
+
+
+def ddim(denoise, path, x, steps, noise, eta=0.0):
+    """DDIM (arXiv 2010.02502, equation 12), on the flow path an Euler step; eta = 1 is DDPM's ancestral sampler
+    (2006.11239). denoise(x, t (N,)) -> (x0, eps); x at t = 1; noise() is normal, shaped like x -> x at t = 0.
     """
-
-    def __init__(self, args, network, images, about, processes):
-        self.args, self.device, self.cache, self.encoder = args, processes.device, None, None
-        side = self.side = math.isqrt(network.num_tokens)
-        file, what = args.cache_targets, f"--cache-targets {args.cache_targets}"
-        if not (file and Path(file).exists()):
-            self.encoder, tokens = open_encoder(args, processes)
-            self.dim = tokens.shape[2]
-        if file and self.encoder:
-            header = about | {"kind": "tokens", "encoder": args.encoder, "shape": [len(images), 2, side**2, self.dim]}
-            fill_cache(file, header, images, self._both, processes, args, "--cache-targets")
-        if file:
-            self.cache, self.encoder = Cache(file, kind="tokens").whole(), None
-            header, grid = self.cache.header, math.isqrt(self.cache.header["shape"][2])
-            check_images(about, header, what)
-            if encoder_name(header["encoder"]) != encoder_name(args.encoder):
-                raise InputError(f"{what}: tokens of {header['encoder']}, not of --encoder {args.encoder}; name another file")
-            if grid != side:
-                raise InputError(f"{what}: {grid} x {grid} tokens, {args.model} has {side} x {side}; name another file")
-            self.dim = header["shape"][3]
-
-    @torch.no_grad()
-    def tokens(self, images):
-        """What the encoder makes of images, on the network's grid: (N, T, D)"""
-        with autocast(self.args.amp, self.device)[0]():
-            tokens = self.encoder(images)[0]
-        return resize_tokens(tokens.float(), self.side)
-
-    def _both(self, images):
-        return torch.stack((self.tokens(images), self.tokens(images.flip(-1))), 1)
-
-    def make(self, images, cached=None):
-        tokens = self.tokens(images) if cached is None else cached
-        return make_target(tokens, self.args.repa, sigmas=self.args.repa_sigmas)
-
-
-def image_noise(seed, step, stream, share, shape, device):
-    """Standard normal noise (n, *shape) of the images at `share`, a slice, of a step's global batch. Each image's follows
-    from (seed, step, stream) and its place alone, so that a process draws no other's.
-    """
-    g, noise = torch.Generator(device), torch.empty(share.stop - share.start, *shape, device=device)
-    for row, number in zip(noise, seeds(seed, step, stream, count=share.stop)[share]):
-        row.normal_(generator=g.manual_seed(number))
-    return noise
-
-
-def draw_flips(args, step, share):
-    """Which images of a process's share are mirrored (n,), on the CPU, where cached data is looked up."""
-    return ((torch.rand(args.batch, generator=generator(args.seed, step, 2)) < 0.5) & args.flip)[share]
-
-
-def draw_step(args, step, share, diffusion, device):
-    """What else is random in a step, of the images at `share` of the global batch, from (seed, step) and their place: t,
-    noise, label drop, and the noise of the latents' posteriors (None in other spaces).
-    """
-    g = generator(args.seed, step, 1, device=device)
-    t = draw_times(args.batch, args.t_sampling, args.t_logit_normal, diffusion.path, g)[share]
-    drop = (torch.rand(args.batch, generator=g, device=device) < args.label_dropout)[share]
-    eps, posterior = (
-        image_noise(args.seed, step, stream, share, diffusion.shape, device) if wanted else None
-        for stream, wanted in ((6, True), (7, diffusion.vae))
-    )
-    return t, eps, drop, posterior
-
-
-def learning_rate(step, args, taken=None):
-    """Linear warm-up over an optimizer's own steps (`taken` before this one; left out, all), then constant or falling
-    linearly to zero at the last step of the run.
-    """
-    rate = args.lr * min(1, ((step if taken is None else taken) + 1) / max(args.warmup, 1))
-    return rate * (1 - step / args.steps) if args.lr_decay == "linear" else rate
+    times = time_grid(path, steps, x)
+    for t, s in zip(times, times[1:]):
+        x0, eps = denoise(x, t.expand(len(x)))
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = path.alpha_sigma(t), path.alpha_sigma(s)
+        std = eta * sigma_s / sigma_t * (1 - (alpha_t / alpha_s) ** 2).sqrt()
+        x = alpha_s * x0 + (sigma_s**2 - std**2).clamp_min(0).sqrt() * eps
+        if eta:
+            x = x + std * noise()
+    return x
 
 
 @torch.no_grad()
-def update_ema(averaged, network, step, decay):
-    """Exponential moving average of all parameters, with warm-up: decay_n = min(decay, (1 + n) / (10 + n))."""
-    decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(averaged.parameters()), list(network.parameters()), 1 - decay)
+def generate(diffusion, indices, seed, device, y=None, sampler=ddim, steps=50, guidance=1, interval=(0, 1), trace=None):
+    """Images number `indices` of a seed -> (n, 3, S, S) in [-1, 1]. The noise of each comes from (seed, its index).
 
-
-def fit_codec(store, size, block, processes, limit=(50_000, 300e6)):
-    """Eta and entropies (3, B*B) from up to 50k images or 300 million pixels, spread over the set and the processes."""
-    statistics = DCTStatistics(block, device=processes.device)
-    count = max(1, min(store.count, limit[0], int(limit[1] / size**2)))
-    chosen = torch.linspace(0, store.count - 1, count, dtype=torch.float64).round().long()
-    parts = chosen[processes.rank :: processes.world].split(max(1, 2**21 // size**2))
-    for part in progress(parts, desc="eta", unit="batch", disable=not processes.main, leave=False):
-        statistics.update(store[part].to(processes.device) / 127.5 - 1)
-    processes.sum(statistics.counts)
-    return statistics.eta(), statistics.entropies(), count
-
-
-@torch.no_grad()
-def band_errors(diffusion, examples, seed, device, levels=(0.1, 0.5, 0.9)):
-    """Power of the x0 error over power of the image (in latent space, of the latent), per radial band, at a low, middle
-    and high t (DCTdiff, section 3) -> {t: [16 numbers]}, low to high; 1 is a prediction that knows nothing of the band,
-    None a band without power. examples: batches (x0, y or None); their noise follows from the seed.
+    y (n,) classes on `device`, or None; guidance, interval and trace are of `Diffusion.denoiser`.
     """
-    fields, predictions, noise = [], {level: [] for level in levels}, generator(seed, 2)
-    for x0, y in examples:
-        x0, y = x0.to(device), None if y is None else y.to(device)
-        fields.append(diffusion.field(x0))
-        eps = torch.randn(x0.shape, generator=noise).to(device)
-        denoise = diffusion.denoiser(y)
-        for level in levels:
-            t = torch.full((len(x0),), level, device=device)
-            alpha, sigma = diffusion.path.alpha_sigma(like(t, x0))
-            predictions[level].append(diffusion.field(denoise(alpha * x0 + sigma * eps, t)[0]))
-    fields = torch.cat(fields)
-    ratios = {str(level): band_error(torch.cat(made), fields).tolist() for level, made in predictions.items()}
-    return {level: [r if math.isfinite(r) else None for r in ratio] for level, ratio in ratios.items()}
+    generators = [generator(seed, int(i)) for i in indices]
 
+    def noise():
+        return torch.stack([torch.randn(diffusion.shape, generator=g) for g in generators]).to(device)
 
-@torch.no_grad()
-def held_out_loss(diffusion, examples, args, weights, device):
-    """Mean training loss of fixed examples, batches (x0, y or None), with times and noise that are the same in all runs."""
-    g, total, count = generator(0, 4), 0.0, 0
-    for x0, y in examples:
-        t = draw_times(len(x0), args.t_sampling, args.t_logit_normal, diffusion.path, g).to(device)
-        eps, y = torch.randn(x0.shape, generator=g).to(device), None if y is None else y.to(device)
-        loss, _ = diffusion_loss(diffusion, diffusion.network, x0.to(device), eps, t, y, weights=weights)
-        total, count = total + loss.sum().item(), count + len(x0)
-    return total / count
+    denoise = diffusion.denoiser(y, guidance, interval, trace)
+    return diffusion.decode(sampler(denoise, diffusion.path, noise(), steps, noise))
 
 
 # ---- measuring --------------------------------------------------------------------------------------------
 
-
-def count_flops(loss):
-    """FLOPs of loss() and its backward pass, counted by torch."""
-    with FlopCounterMode(display=False) as counter:
-        loss().backward()
-    return counter.get_total_flops()
+GRID_STEPS, GRID_GUIDANCE = 50, 1.5
+LEVELS = (0.1, 0.5, 0.9)  # t at which the error by band is measured
+EVAL_IMAGES = 1024  # looked at by an evaluation, up to 64 px; a quarter of them above
 
 
-def diffusion_flops(diffusion, device):
+@torch.no_grad()
+def make_examples(diffusion, validation, data, batch):
+    """What evaluations look at, of --val or else of the training data (`Pixels` or moments): batches x0, y, drop on the
+    CPU. drop, all True, makes images without labels examples of the null class, where the model has classes.
+    """
+    examples, noise, count = [], generator(0, 5), EVAL_IMAGES if diffusion.config["size"] <= 64 else EVAL_IMAGES // 4
+    if validation:
+        validation.thin(count)
+        batches = ((where[good], pixels[good]) for where, pixels, good in DataLoader(validation, batch) if good.any())
+    else:
+        chosen = torch.from_numpy(spread(data.indices, count)).split(batch)
+        batches = ((where, data.read(where.numpy())) for where in chosen)
+    labels = (validation or data).labels
+    for where, values in batches:
+        values = values.to(diffusion.device).float()
+        # of the moments of image and mirror image, the image's
+        x, moments = (None, values[:, 0]) if values.ndim == 5 else (values / 127.5 - 1, None)
+        drawn = torch.randn(len(where), *diffusion.shape, generator=noise).to(values) if diffusion.vae else None
+        x0 = to_x0(diffusion, x, moments, drawn).cpu()
+        y = torch.zeros(len(where)).long() if labels is None else torch.from_numpy(np.asarray(labels)[where.numpy()])
+        drop = where >= 0 if labels is None else None
+        examples.append((x0, y, drop) if diffusion.classes else (x0, None, None))
+    if validation:
+        validation.check_unreadable(len(validation) - sum(len(x0) for x0, _, _ in examples))
+    return examples
+
+
+@torch.no_grad()
+def evaluate(diffusion, examples, seed, batch, folder, held_out, step):
+    """`Run`'s evaluation: a grid of samples, the x0 error by band, held_out(diffusion, examples), a loss, or None."""
+    config, classes, device = diffusion.config, diffusion.classes, diffusion.device
+    parts = torch.arange(64 if config["size"] <= 64 else 16).split(batch)
+    guidance, pictures = GRID_GUIDANCE if classes and config["label_dropout"] else 1.0, []
+    total = len(parts) * GRID_STEPS + len(examples) * (2 if held_out else 1)
+    with progress(desc="evaluate", total=total, unit="batch") as bar:
+
+        def on_device():
+            for example in examples:
+                yield [None if value is None else value.to(device) for value in example]
+                bar.update()
+
+        for part in parts:
+            y = (part % len(classes)).to(device) if classes else None
+            tick = lambda t, x0: bar.update()
+            pictures.append(generate(diffusion, part, seed, device, y, ddim, GRID_STEPS, guidance, trace=tick))
+        pictures = torch.cat(pictures)
+        save_grid(pictures, folder / "samples" / f"step{step:07d}.png", math.isqrt(len(pictures)))
+        errors = band_errors(diffusion, on_device(), seed)
+        loss = held_out(diffusion, on_device()) if held_out else None
+    text = " ".join("-" if error is None else f"{error:.2f}" for error in errors["0.5"][:8])
+    return {"x0_error_by_band": errors}, f"x0 error by band at t = 0.5: {text}", loss
+
+
+def band_errors(diffusion, examples, seed):
+    """Power of the x0 error over power of the image (in latent space, of the latent), per radial band, at a low, middle
+    and high t (DCTdiff, section 3) -> {t: [16 numbers]}, low to high; 1 is a prediction that knows nothing of the band,
+    None a band without power. examples: batches (x0, y, drop); their noise follows from the seed.
+    """
+    fields, predictions, noise = [], {level: [] for level in LEVELS}, generator(seed, 2)
+    for x0, y, drop in examples:
+        fields.append(diffusion.field(x0))
+        eps = torch.randn(x0.shape, generator=noise).to(x0.device)
+        denoise = diffusion.denoiser(y, guidance=0.0 if drop is not None else 1.0)
+        for level in LEVELS:
+            t = torch.full((len(x0),), level, device=x0.device)
+            alpha, sigma = diffusion.path.alpha_sigma(like(t, x0))
+            predictions[level].append(diffusion.field(denoise(alpha * x0 + sigma * eps, t)[0]))
+    ratios = {t: band_error(torch.cat(made), torch.cat(fields)).tolist() for t, made in predictions.items()}
+    return {str(t): [r if math.isfinite(r) else None for r in ratio] for t, ratio in ratios.items()}
+
+
+def held_out_loss(diffusion, examples, sampling, mean_std, weights):
+    """Mean training loss of fixed examples, batches (x0, y, drop), at times and noise that are the same in all runs."""
+    g, losses, network = generator(0, 4), [], Aligned(diffusion.network)
+    for x0, y, drop in examples:
+        t = draw_times(len(x0), sampling, mean_std, diffusion.path, g).to(x0.device)
+        eps = torch.randn(x0.shape, generator=g).to(x0.device)
+        losses.append(diffusion_loss(diffusion, network, x0, eps, t, y, drop, weights)[0])
+    return torch.cat(losses).mean().item()
+
+
+def diffusion_flops(diffusion):
     """Forward and backward FLOPs of one image."""
-    x, t = torch.zeros(1, *diffusion.shape, device=device), torch.zeros(1, device=device)
-    y = torch.zeros(1, dtype=torch.long, device=device) if diffusion.classes else None
-    flops = count_flops(lambda: diffusion.output(diffusion.network, x, t, y).sum())
+    x, t = torch.zeros(1, *diffusion.shape, device=diffusion.device), torch.zeros(1, device=diffusion.device)
+    y = torch.zeros(1, dtype=torch.long, device=diffusion.device) if diffusion.classes else None
+    flops = count_flops(lambda: diffusion.call(diffusion.network, x, t, y).sum())
     diffusion.network.zero_grad(set_to_none=True)
     return flops
 
 
-def matmul_rate(device, dtype, n=None):
-    """This machine's own FLOP/s in one square matrix product, the best of ten."""
-    n = n or (8192 if device.type == "cuda" else 1536)
-    a, best = torch.randn(n, n, device=device, dtype=dtype or torch.float32), math.inf
-    for _ in range(10):
-        synchronize(device)
-        start = time.perf_counter()
-        a @ a
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+# ---- codec, autoencoder, targets --------------------------------------------------------------------------
+
+CODEC_IMAGES, CODEC_PIXELS = 50_000, 300e6  # looked at for eta and entropies
 
 
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def measure_codec(pixels, size, block, keep, processes):
+    """The codec's part of a config, measured on the data by all processes: eta, entropies. Prints PSNR by keep."""
+    statistics, read = DCTStatistics(block, device=processes.device), lambda where: pixels.read(where) / 127.5 - 1
+    chosen = spread(pixels.indices, int(max(1, min(CODEC_IMAGES, CODEC_PIXELS / size**2))))
+    parts = torch.from_numpy(chosen[processes.rank :: processes.world]).split(max(1, 2**21 // size**2))
+    for part in progress(parts, desc="eta", unit="batch", disable=not processes.main):
+        statistics.update(read(part.numpy()).to(processes.device))
+    processes.sum(statistics.counts)
+    eta, entropies = statistics.eta(), statistics.entropies()
+    if processes.main:
+        psnr = psnr_per_keep(read(spread(pixels.indices, 64 if size <= 128 else 16)).to(processes.device), block)
+        counts = sorted({1, max(1, keep // 2), keep, min(keep + 1, len(psnr)), len(psnr)})
+        by_keep = ", ".join(f"{count}: {psnr[count - 1]:.1f}" for count in counts)
+        print(f"codec    B {block}, keep {keep}, eta {eta:.3f} from {len(chosen)} images")
+        print(f"         PSNR by keep, dB: {by_keep} (all kept: the rest is lost to halved chroma)")
+        for name, row in zip(("Y", "Cb", "Cr"), entropies[:, :keep].tolist()):
+            print(f"         H({name}) ".ljust(15) + " ".join(f"{h:.2f}" for h in row[:12]) + " ..." * (len(row) > 12))
+    return {"eta": eta, "entropies": entropies.tolist()}
 
 
-BAD_STEPS = 10  # non-finite ones in a row that stop a run
+def open_autoencoder(path, device, wanted=None, wanted_by=None):
+    """`load_autoencoder`, the hash of its weights compared with that of the autoencoder that made the latents."""
+    if not Path(path).exists():
+        remedy = f"--vae RUN_OR_FILE names the one that made the latents ({wanted})"
+        raise InputError(f"{path}: no such autoencoder; {remedy}")
+    vae, info = load_autoencoder(path, device)
+    if wanted not in (None, info["weights"]):
+        other = f"another autoencoder ({info['weights']}) than made the latents of {wanted_by} ({wanted})"
+        raise InputError(f"{path}: {other}; --vae RUN_OR_FILE names the right one")
+    return vae, info
 
 
-class Log:
-    """The progress bar and RUN/metrics.jsonl. Between two lines, sums stay on the device, so that steps never wait."""
-
-    def __init__(self, args, processes, count, step, flops=0, peak=1):
-        self.args, self.processes, self.device, self.count = args, processes, processes.device, count
-        self.flops, self.peak = flops, peak  # FLOPs of an image, the device's FLOP/s
-        self.file, self.worst_run, self.bad_runs = Path(args.out) / "metrics.jsonl", self._zero(), {}
-        if processes.main and self.file.exists():  # lines after the step resumed from will be made again
-            whole = self.file.read_text().split("\n")[:-1]  # a killed process may leave half a line
-            kept = "".join(f"{line}\n" for line in whole if json.loads(line)["step"] <= step)
-            write_atomically(self.file, lambda f: f.write(kept.encode()))
-        self.bar = progress(total=args.steps * args.batch, initial=step * args.batch, unit="img", unit_scale=True,
-                            desc="train", disable=not processes.main)  # fmt: skip
-        self._begin(step)
-
-    def _zero(self):
-        return torch.zeros((), device=self.device)
-
-    def _begin(self, step):
-        self.sums, self.norm, self.steps, self.skipped = {}, self._zero(), self._zero(), self._zero()
-        self.restart_clock(step)
-
-    def restart_clock(self, step):
-        self.started, self.step_then, self.waited = time.perf_counter(), step, 0.0
-
-    def timed(self, batches):
-        """The batches, the time spent waiting for them counted."""
-        batches = iter(batches)
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
-            self.waited += time.perf_counter() - start
-            if batch is None:
-                return
-            yield batch
-
-    def add(self, name, values, where=None, bins=1):
-        """Count values, (n,) or a scalar, in the mean called `name`, or in `bins` means, where (n,) saying which."""
-        values = values.detach().float().view(-1)
-        where, finite = torch.zeros_like(values).long() if where is None else where, values.isfinite()
-        sums = self.sums.setdefault(name, torch.zeros(2, bins, device=self.device))
-        sums.index_add_(1, where, torch.stack((values.where(finite, 0), finite.float())))
-
-    def add_step(self, norm, optimizer):
-        """Count a step of an optimizer by its gradient norm; one that is not finite was skipped."""
-        good = norm.isfinite()
-        self.norm += torch.where(good, norm, 0)
-        self.steps += good
-        self.skipped += ~good
-        self.bad_runs[optimizer] = torch.where(good, 0, self.bad_runs.get(optimizer, 0) + 1)
-        self.worst_run = torch.maximum(self.worst_run, self.bad_runs[optimizer])
-
-    def end_step(self, step, lr):
-        """Write a line where one is due. Raises InputError after ten non-finite steps in a row."""
-        self.bar.update(self.args.batch)
-        if step % self.args.log_every and step != self.args.steps:
-            return
-        line = {}
-        for name, sums in self.sums.items():
-            total, count = self.processes.sum(sums).tolist()
-            means = [t / c if c else None for t, c in zip(total, count)]
-            line[name] = means if len(means) > 1 else means[0]
-        line["grad_norm"], line["skipped_steps"] = (self.norm / self.steps.clamp_min(1)).item(), int(self.skipped)
-        elapsed, worst = time.perf_counter() - self.started, int(self.worst_run)
-        rate = (step - self.step_then) * self.args.batch / elapsed
-        line |= {"lr": lr, "images_per_s": round(rate, 1), "data_wait": round(self.waited / elapsed, 4)}
-        line |= {"share_of_peak": round(rate * self.flops / self.peak, 4)} if self.flops else {}
-        images = step * self.args.batch
-        self.write(step=step, images=images, epoch=images / self.count, **line)
-        if line.get("loss") is not None:
-            self.bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
-        if worst >= BAD_STEPS:
-            self.bar.close()
-            raise InputError(
-                f"{worst} steps in a row up to {step} were not finite and were skipped; {self.args.out}/checkpoint.pt "
-                f"is the last good one. Lower --lr {self.args.lr:g}, or --amp off"
-            )
-        self._begin(step)
-
-    def write(self, **entry):
-        if self.processes.main:
-            with self.file.open("a") as handle:
-                handle.write(json.dumps(entry) + "\n")
-
-
-# ---- settings ---------------------------------------------------------------------------------------------
-
-# What a flag is when it is not given. The tiny networks take a recipe that learns in minutes on a CPU (x0 prediction on
-# the flow path); all others take DCTdiff's published settings, which clip nothing, in latent space SiT's (arXiv
-# 2401.08740) with REPA's clipping.
-TINY = dict(path="flow", predict="x0", t_sampling="logit-normal", ebfr=False, lr=2e-3, betas=[0.9, 0.99],
-            weight_decay=0.03, warmup=100, lr_decay="linear", clip=1.0, ema=0.999, batch=64,
-            steps=1800)  # fmt: skip
-PUBLISHED = dict(path="vp", predict="eps", t_sampling="uniform", ebfr=True, lr=2e-4, betas=[0.99, 0.99],
-                 weight_decay=0.03, warmup=5000, lr_decay="none", clip=0.0, ema=0.9999, batch=256, steps=500_000)  # fmt: skip
-LATENT = PUBLISHED | dict(path="flow", predict="v", ebfr=False, lr=1e-4, betas=[0.9, 0.999], weight_decay=0.0, warmup=0,
-                          clip=1.0, steps=400_000)  # fmt: skip
-KEEP = {2: 4, 4: 9, 8: 18}  # coefficients kept per block [code]; 8 of 16 from 256 px on
-SNR_SCALE = {32: 2.0, 64: 4.0, 128: 4.0, 256: 4.0, 512: 12.0}  # c of the vp paths by resolution, in DCT space [code]
-# On the flow path c is B^2 [ours]: dividing by eta, about 128 B, makes the noise of a token B times that of a pixel.
-MAY_CHANGE = set("steps device workers compile log_every eval_every save_every fresh benchmark out "
-                 "val features features_weights lpips_vgg lpips_heads eval_images eval_only spectrum encode ckpt "
-                 "latents vae cache_targets rmsc".split())  # fmt: skip
-ALIGNMENT_DEPTH = 8  # at most, of the tap: of REPA's SiT-L and XL; 4 of 12 blocks in its SiT-B
-ALIGNMENT_WEIGHT = {"repa": 0.5, "irepa": 1.0, "dog": 1.0}  # [code]; dog's, which builds on iREPA's recipe, is [ours]
-ALIGNMENT_WIDTH = {True: 512, False: 2048}  # of repa's projector: nano and tiny models [ours], others [code]
-
-
-def adopt(args):
-    """Take images, size and space from the header of --latents, or from the autoencoder of --vae, where the command left
-    them open; what it says must agree. -> the latents, or None. Raises InputError.
+def open_vae(path, run, latents, size, device):
+    """The frozen autoencoder of latent space, from `path` or from where it was -> (vae, the config's part of it, where
+    it is). Raises InputError.
     """
-    if not (args.latents or args.vae):
-        return None
-    if args.space not in (None, "latent"):
-        raise InputError(f"--space {args.space}: --latents and --vae are for --space latent")
-    args.space, latents = "latent", Cache(args.latents).whole() if args.latents else None
-    if latents is None:
-        own = Path(args.out or "") / "autoencoder.pt"  # of a run that goes on, where --vae is no longer there
-        path = own if args.out and own.exists() and not Path(args.vae).exists() else args.vae
-        known = read_checkpoint(path, "autoencoder")
-        args.size = args.size or known["config"].get("size") or 256
-        args.data = args.data or (known.get("args") or {}).get("data")
-        return None
-    header = latents.header
-    if args.size not in (None, header["size"]):
-        raise InputError(f"--size {args.size}: {args.latents} was made of images of {header['size']} pixels; leave it out")
-    args.size, args.data = header["size"], args.data or header["data"]
-    return latents
+    header, config, copied = latents.header if latents else {}, {}, run.folder / "autoencoder.pt"
+    if run.checkpoint:
+        config = run.checkpoint["config"]
+        if latents and header["autoencoder"] != config["autoencoder"]:
+            made_by = f"made by autoencoder {header['autoencoder']}"
+            begun = f"{run.folder} was begun with latents of {config['autoencoder']}"
+            raise InputError(f"{latents.flag}: {made_by}, {begun}; give those, or another --out")
+        path = path if path and (Path(path).exists() or not copied.exists()) else copied
+    path = path or header.get("vae")
+    if path is None:
+        raise InputError(f"{latents.flag}: does not say where its autoencoder is; --vae RUN_OR_FILE does")
+    made_by = header.get("autoencoder") or config.get("autoencoder")
+    vae, info = open_autoencoder(path, device, made_by, latents.folder if latents else run.folder)
+    if size % vae.factor:
+        raise InputError(f"--size {size}: the autoencoder {path} takes multiples of {vae.factor}")
+    scale = config.get("scale") or header.get("scale") or (info["latent"] or {}).get("scale")
+    shape = [vae.latent_channels, size // vae.factor, size // vae.factor]
+    return vae, {"latent_shape": shape, "scale": scale, "autoencoder": info["weights"]}, path
 
 
-def complete(args):
-    """Fill in what the command left open, from the model, the space and the resolution. Raises InputError."""
-    network, sizes, _ = parse_model(args.model)
-    if args.space is None:
-        args.space = "latent" if args.latents or args.vae else "dct"
-    if args.space == "latent" and not (args.latents or args.vae):
-        raise InputError("--space latent: needs --latents FILE (of train_vae.py --encode) or --vae CKPT")
-    args.data, args.size = args.data or "dead-leaves", args.size or 32
-    tiny, dct = args.model.lower().partition("/")[0].endswith(("nano", "tiny")), args.space == "dct"
-    given = [name for name in ("block", "keep", "ebfr") if getattr(args, name)]
-    if given and not dct:
-        raise InputError(f"--{' --'.join(given)}: only for --space dct")
-    for name, value in (TINY if tiny else LATENT if args.space == "latent" else PUBLISHED).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value if name != "ebfr" else value and dct)
-    if dct and args.block is None:
-        args.block = 8 if args.size >= 512 else 4 if args.size >= 128 or tiny else 2  # tiny networks want few tokens
-    if dct and args.keep is None:
-        args.keep = 8 if args.block == 4 and args.size >= 256 else KEEP.get(args.block, max(1, args.block**2 * 9 // 32))
-    if args.snr_scale is None:
-        nearest = min(SNR_SCALE, key=lambda size: abs(size - args.size))
-        args.snr_scale = 1.0 if not dct else float(args.block**2) if args.path == "flow" else SNR_SCALE[nearest]
-    if dct:
-        make_codec(vars(args) | {"eta": 1.0})  # raises where size, block and keep do not fit together
-    if args.out is None:
-        args.out = f"runs/{short_name(args.latents or args.data)}-{args.size}-{args.space}-"
-        args.out += args.model.lower().replace("/", "-")
-        args.out += f"-{args.repa}" if args.repa else ""
-    check_ranges(args, snr_scale=1e-9, repa_weight=0, repa_stop=1, repa_width=1)
-    if not 0 <= args.label_dropout < 1:
-        raise InputError(f"--label-dropout {args.label_dropout}: must lie in [0, 1)")
-    complete_alignment(args, sizes["depth"] if network is DiT else sizes["depth"] // 2 * 2 + 1, tiny)
+def copy_autoencoder(path, folder):
+    """Copy an autoencoder into a run, which sampling then needs nothing beside."""
+    checkpoint = read_checkpoint(path, "autoencoder")
+    copied = {name: checkpoint.get(name) for name in ("config", "step", "latent")}
+    copied |= {"model": checkpoint["ema"] or checkpoint["model"], "ema": None}
+    write_atomically(folder / "autoencoder.pt", lambda file: torch.save(copied, file))
 
 
-def complete_alignment(args, depth, tiny):
-    """Fill in the flags of --repa and --rmsc, which mean nothing without them. Raises InputError."""
-    used = {"encoder": "facebookresearch/dinov2:dinov2_vitb14"} if args.repa or args.rmsc else {}
-    if args.cache_targets and args.repa and Path(args.cache_targets).exists():
-        used["encoder"] = Cache(args.cache_targets, kind="tokens").header["encoder"]
-    if args.repa:
-        used |= {"repa_depth": max(1, min(ALIGNMENT_DEPTH, depth // 3)), "repa_stop": None,
-                 "repa_weight": ALIGNMENT_WEIGHT[args.repa], "cache_targets": None}  # fmt: skip
-    if args.repa == "repa":
-        used["repa_width"] = ALIGNMENT_WIDTH[tiny]
-    if args.repa == "dog" or args.rmsc:
-        used["repa_sigmas"] = list(DOG_SIGMAS)
-    for name in ("encoder", "repa_depth", "repa_weight", "repa_stop", "repa_sigmas", "repa_width", "cache_targets"):
-        if getattr(args, name) is None:
-            setattr(args, name, used.get(name))
-        elif name not in used:
-            chosen = f"--repa {args.repa}" if args.repa else "--rmsc alone" if args.rmsc else "no --repa"
-            raise InputError(f"--{name.replace('_', '-')}: means nothing with {chosen}; leave it out")
-    if args.benchmark:
-        args.cache_targets = None  # a benchmark writes nothing, and times the encoder itself
-    if args.repa_sigmas and not 0 <= args.repa_sigmas[0] < args.repa_sigmas[1]:
-        low, high = args.repa_sigmas
-        raise InputError(f"--repa-sigmas {low:g} {high:g}: the first must be the smaller, and not negative; 0 2 does")
-    if args.repa and not 1 <= args.repa_depth <= depth:
-        raise InputError(f"--repa-depth {args.repa_depth}: {args.model} has blocks 1 to {depth}")
-
-
-def check_ranges(args, **least):
-    """Raise InputError for a flag that is out of its range, or below that of name=least; None is in every range."""
-    ones = ("size", "steps", "batch", "grad_accum", "log_every", "eval_every", "save_every")
-    zeros = ("lr", "clip", "seed", "weight_decay", "warmup", "benchmark", "workers")
-    for name, minimum in (dict.fromkeys(ones, 1) | dict.fromkeys(zeros, 0) | least).items():
-        value = getattr(args, name)
-        if value is not None and value < minimum:
-            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {minimum:g}")
-    for name, value in (("ema", args.ema), *(("betas", b) for b in args.betas or ())):
-        if value is not None and not 0 <= value < 1:
-            raise InputError(f"--{name.replace('_', '-')} {value}: must lie in [0, 1)")
-
-
-def plain_arguments(args):
-    """What a run must go on with. Where an encoder lies may change, not which one it is."""
-    kept = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
-    if getattr(args, "latents", None):
-        del kept["data"]  # where the images of the latents lie; that they are the same is checked
-    return kept | {"encoder": encoder_name(args.encoder)}
-
-
-def encoder_name(spec):
-    return spec and spec.rpartition(":")[2]
-
-
-def open_run(args, kind):
-    """The checkpoint to resume from, or None. Raises InputError where RUN is another's, or made with other arguments."""
-    run = Path(args.out)
-    if (run / "checkpoint.pt").exists():
-        if args.fresh:
-            raise InputError(f"--fresh: {run} holds a run; --fresh starts in an empty folder only, name another --out")
-        checkpoint = read_checkpoint(run, kind)
-        there, now = checkpoint.get("args", {}), plain_arguments(args)
-        there |= {"encoder": encoder_name(there.get("encoder")), "data": there.get("data", now.get("data"))}
-        changed = [
-            f"--{k.replace('_', '-')} {there.get(k)} there, {v} now" for k, v in now.items() if there.get(k) != v
-        ]
-        if changed:
-            raise InputError(
-                f"{run} was made with other arguments: {'; '.join(changed)}. Give the same, or another --out"
-            )
-        return checkpoint
-    if run.exists() and not run.is_dir():
-        raise InputError(f"--out {run}: is a file; name a folder")
-    own = ("metrics.jsonl", "samples", "checkpoint.pt.tmp", "images-", "autoencoder.pt")
-    own += (Path(getattr(args, "cache_targets", None) or "images-").name,)  # the file itself or its .part
-    others = [p.name for p in run.iterdir() if not p.name.startswith(own)] if run.is_dir() else []
-    if others or (args.fresh and run.is_dir() and any(run.iterdir())):
-        there = ", ".join(others[:3]) or "a started run"
-        raise InputError(f"--out {run} holds {there} and no checkpoint; name an empty folder")
-    return None
-
-
-# ---- benchmark --------------------------------------------------------------------------------------------
-
-
-def benchmark(args, images, processes, encode, names, step, count_flops, dtype):
-    """`--benchmark N`: times of N steps, part by part, and of file to network input; nothing is written.
-
-    encode(pixels in [-1, 1]) makes the network's input; step(i, pixels, mark) does this process's share of step i and
-    calls mark(name) after each part in `names`; count_flops() -> FLOPs of one image, forward and backward. images None:
-    the step reads its data itself.
+class Targets:
+    """The tokens that a network's hidden tokens are aligned to: by an encoder at every step, or from `Records` of what
+    it made of all images. Raises InputError where the encoder cannot be had or either does not fit.
     """
-    device, say, clock, threads = processes.device, processes.print, time.perf_counter, torch.get_num_threads()
-    torch.set_num_threads(1)
 
-    def lap(function, items):
-        start, results = clock(), [function(item) for item in items]
-        return (clock() - start) / len(results) * 1e3, results
+    def __init__(self, spec, size, num_tokens, amp, processes, records=None):
+        self.spec, self.side, self.processes, self.records = spec, math.isqrt(num_tokens), processes, None
+        self.context, self.encoder = autocast(amp, processes.device)[0], None
+        if records:
+            self.use(records)
+        else:
+            resolution = PATCH_ENCODER_SIZE * max(1, size // 256)  # as published: 224 at 256 px, 448 at 512
+            self.encoder, tokens = open_encoder(spec, size, processes, resolution)
+            self.dim = tokens.shape[2]
 
-    n, all_times, batch = args.batch // processes.world, [], None
-    if images is not None:
-        read, pixels = lap(images.read, range(len(images)))  # decode, crop, resize
-        pixels = [image for image in pixels if image is not None]
-        lap(lambda image: encode(image[None].to(device) / 127.5 - 1), pixels[:4])  # warms up
-        encoding, _ = lap(lambda image: encode(image[None].to(device) / 127.5 - 1), pixels)
-        synchronize(device)
-        split = f"{read:.2f} file to pixels + {encoding:.2f} pixels to network input"
-        say(f"data, one core   {read + encoding:8.2f} ms/image = {split}")
-        say(f"                 {1e3 / (read + encoding):8.0f} images/s a core, {len(pixels)} images of {args.size} px")
-        batch = torch.stack(pixels).repeat(math.ceil(n / len(pixels)), 1, 1, 1)[:n]
-    torch.set_num_threads(threads)
-    times, last = {}, clock()
+    def use(self, records):
+        """Take the tokens from records, without the encoder."""
+        encoder, (_, _, count, self.dim) = records.header["encoder"], records.values.shape
+        if encoder.rpartition(":")[2] != self.spec.rpartition(":")[2]:
+            raise InputError(f"{records.flag}: tokens of {encoder}, not of --encoder {self.spec}; name another folder")
+        if count != self.side**2:
+            grids = f"{math.isqrt(count)} x {math.isqrt(count)} tokens, the model has {self.side} x {self.side}"
+            raise InputError(f"{records.flag}: {grids}; name another folder")
+        self.encoder, self.records = None, records
 
-    def mark(name):
-        nonlocal last
-        synchronize(device)
-        times[name] += clock() - last
-        last = clock()
+    def keep(self, folder, images, workers):
+        """Make the records of all images in a folder, and use them."""
+        header, shape = {"kind": "tokens", "encoder": self.spec}, (2, self.side**2, self.dim)
+        make = partial(Records.make, folder, images, header, shape, self.encode_mirrored, self.processes)
+        self.use(make(self.processes.workers(workers), 32, "--cache-targets"))
 
-    for i in range(args.benchmark + 2):
-        times.update(dict.fromkeys(names, 0.0))
-        last = clock()
-        step(i, batch, mark)
-        all_times.append(list(times.values()))
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        import resource
+    @torch.no_grad()
+    def tokens(self, images):
+        """What the encoder makes of images (N, 3, S, S) in [-1, 1], on the network's grid: (N, T, D)"""
+        with self.context():
+            tokens = self.encoder(images)[0]
+        return resize_tokens(tokens.float(), self.side)
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    parts = np.median(all_times[2:], 0)  # the first two warm up
-    total = parts.sum()
-    rate, own = count_flops() * n / total / 1e9, matmul_rate(device, dtype) / 1e9
-    split = " + ".join(f"{seconds * 1e3:.1f} {name}" for name, seconds in zip(names, parts))
-    say(f"step             {total * 1e3:8.1f} ms = {split}, median of {args.benchmark}")
-    say(f"training         {n * processes.world / total:8.1f} images/s, batch {n} x {processes.world}")
-    say(f"arithmetic       {rate:8.1f} GFLOP/s a process, {rate / own:.0%} of its {own:.0f} in one matrix product")
-    say(f"peak memory      {peak / 2**20:8.0f} MiB")
+    def encode_mirrored(self, pixels):
+        """The tokens of images (n, 3, S, S) uint8 and of their mirror images, for `Records`."""
+        x = pixels.to(self.processes.device) / 127.5 - 1
+        return torch.stack((self.tokens(x), self.tokens(x.flip(-1))), 1).half().cpu().numpy()
 
 
-def benchmark_diffusion(args, images, diffusion, trained, weights, latents, targets, processes, dtype):
-    """`--benchmark N` of this program."""
-    device, n = processes.device, args.batch // processes.world
-    network, optimizer = wrap(trained, args, processes), make_optimizer(trained, args)
-    where = None if latents is None else torch.from_numpy(np.resize(latents.indices, n))
-    blank = torch.zeros(n, 3, args.size, args.size, device=device)  # where latents come without their images
-
-    def step(i, pixels, mark):
-        flip = draw_flips(args, i, slice(0, n))
-        t, eps, drop, noise = draw_step(args, i, slice(0, n), diffusion, device)
-        y = torch.zeros(n, dtype=torch.long, device=device) if diffusion.classes else None
-        moments = None if latents is None else latents.read(where, flip, device)
-        pixels = None if pixels is None else pixels.to(device)
-        for start in range(0, n, n // args.grad_accum):
-            part = slice(start, start + n // args.grad_accum)
-            x0, x = clean(diffusion, cut(pixels, part), cut(moments, part), flip[part], cut(noise, part))
-            mark("data")
-            tokens = targets.make(blank[part] if x is None else x) if targets else None
-            mark("targets")
-            loss, aligned = diffusion_loss(diffusion, network, x0, eps[part], t[part], cut(y, part), drop[part], weights, tokens)
-            mark("forward")
-            (loss.mean() + args.repa_weight * aligned.mean() if targets else loss.mean()).backward()
-            mark("backward")
-        torch.nn.utils.clip_grad_norm_(trained.parameters(), args.clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
-        mark("optimizer")
-
-    names = ("data", "targets", "forward", "backward", "optimizer")
-    benchmark(args, images, processes, diffusion.encode, names, step, lambda: diffusion_flops(diffusion, device), dtype)
+TARGET_IMAGES = 256  # whose tokens --rmsc looks at
+SHOWN_SIGMAS = ((0.0, 1.0), (0.0, 2.0), (0.6, 2.0), (0.0, 4.0), (0.0, math.inf))  # that --rmsc shows beside its own
 
 
-def wrap(network, args, processes):
-    return processes.wrap(torch.compile(network) if args.compile else network)
+def compare_targets(args):
+    """`--rmsc`: LDS, RMSC and directional energy by band of raw, iREPA and DoG targets, on the data, before any
+    training; and a picture of them.
+    """
+    processes, config = Processes(args.device), vars(args) | {"classes": None}
+    if args.latents:
+        _, channels, side, _ = Records(args.latents, "moments").values.shape[1:]
+        config["latent_shape"] = [channels // 2, side, side]
+    elif args.space == "latent":
+        vae, _ = load_autoencoder(args.vae, processes.device)
+        config["latent_shape"] = [vae.latent_channels, *2 * [args.size // vae.factor]]
+    images = processes.local_first(lambda: Images(args.data, args.size))
+    targets = Targets(args.encoder, args.size, meta_network(config).num_tokens, args.amp, processes)
+    if not processes.main:
+        return
+    images.thin(TARGET_IMAGES)
+    tokens, pictures = [], []
+    with progress(total=len(images), unit="img", desc="targets") as bar:
+        for _, pixels, good in DataLoader(images, min(32, args.batch)):
+            pictures.append(pixels[good] / 127.5 - 1)
+            tokens.append(targets.tokens(pictures[-1].to(processes.device)).cpu())
+            bar.update(len(good))
+    tokens, pictures, side = torch.cat(tokens), torch.cat(pictures), targets.side
+    methods = {"raw (repa)": ("repa",), "irepa": ("irepa",)}
+    methods |= {"dog {:g} {:g}".format(*sigmas): ("dog", sigmas) for sigmas in (args.repa_sigmas, *SHOWN_SIGMAS)}
+    pick, bins = torch.from_numpy(spread(range(len(tokens)), 8)), max(2, min(8, side // 2))
+    rows = [pictures[pick]]
+    print(f"{args.encoder} on {len(tokens)} images of {images.spec}: {side} x {side} tokens of {targets.dim}")
+    print("target         LDS   RMSC  directional energy by band, low to high")
+    for name, method in methods.items():
+        figures = []
+        for part in tokens.split(16):  # pairs of tokens take room
+            field = as_map(make_target(part, *method))
+            figures.append(torch.cat((lds(field)[:, None], rmsc(field)[:, None], directional_energy(field, bins)), 1))
+        means = torch.cat(figures).mean(0).tolist()
+        print(f"{name:12}{means[0]:6.3f} {means[1]:6.3f}  " + " ".join(f"{energy:.3f}" for energy in means[2:]))
+        rows.append(principal_colours(make_target(tokens[pick], *method), args.size))
+    file = save_grid(torch.cat(rows), f"{args.out}-targets.png", len(pick))
+    print(f"picture {file}: images, and a row a target, in its first three principal components")
 
 
 # ---- training ---------------------------------------------------------------------------------------------
 
-GRID_STEPS, GRID_GUIDANCE = 50, 1.5
-EVAL_IMAGES = 1024  # looked at by an evaluation, up to 64 px; a quarter of them above
-SCALE_IMAGES, TARGET_IMAGES = 256, 256  # whose latents give a scale, whose tokens --rmsc looks at
-SHOWN_SIGMAS = ((0.0, 1.0), (0.0, 2.0), (0.6, 2.0), (0.0, 4.0), (0.0, math.inf))  # that --rmsc shows beside its own
 
-
-def set_up(args, kind):
-    """What both trainers begin with -> the processes, the checkpoint to resume from or None, this process's share of a
-    batch (a slice), images at once. Raises InputError.
-    """
-    processes = Processes(args.device)
-    parts = processes.world * args.grad_accum
-    if args.batch % parts:
-        raise InputError(
-            f"--batch {args.batch}: must be a multiple of {processes.world} processes x --grad-accum {args.grad_accum}"
-        )
-    local = args.batch // processes.world
-    share = slice(processes.rank * local, (processes.rank + 1) * local)
-    checkpoint = None if args.benchmark else open_run(args, kind)
-    processes.barrier()  # all have looked before any writes
-    return processes, checkpoint, share, args.batch // parts
-
-
-def open_images(args, processes):
-    """The images of --data, of a benchmark a few."""
-    images = processes.local_first(lambda: Images(args.data, args.size))
-    if args.benchmark:
-        images.thin(2**24 // args.size**2)
-    return images
-
-
-def image_header(images):
-    """What a cache says of the images it was made of."""
-    return {"size": images.size, "data": images.spec, "count": len(images), "first": str(images.names[0]),
-            "last": str(images.names[-1]), "classes": images.classes}  # fmt: skip
-
-
-def workers(args, processes):
-    """How many processes decode images for this one."""
-    return args.workers if args.workers is not None else min(8, (os.cpu_count() or 1) // processes.local_world)
-
-
-def open_store(args, images, processes, checkpoint):
-    """The decoded images of a run, whose folder is made. Raises InputError where they are not those it began with."""
-    folder = Path("." if args.benchmark else args.out)  # a benchmark writes nothing
-    folder.mkdir(parents=True, exist_ok=True)
-    store = Store(images, folder, processes, workers(args, processes))
-    if checkpoint and checkpoint["data_count"] != store.count:
-        raise InputError(
-            f"--data {args.data} has changed since {folder} was begun: then {checkpoint['data_count']} images, now "
-            f"{store.count}. Restore it, or name another --out"
-        )
-    return store
-
-
-def make_scaler(device, dtype):
-    # Without fp16 the scale stays 1 and only the skipping of non-finite steps is used.
-    return torch.amp.GradScaler(device.type, init_scale=2.0**16 if dtype == torch.float16 else 1.0)
-
-
-def take_step(optimizer, scaler, log, args, dtype):
-    """Clip the gradients and step; a step whose gradients are not finite is skipped, and counted."""
-    scaler.unscale_(optimizer)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    log.add_step(torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf), optimizer)
-    scaler.step(optimizer)
-    scaler.update(None if dtype == torch.float16 else 1.0)
-    optimizer.zero_grad(set_to_none=True)
-
-
-def make_optimizer(network, args):
-    # fused: one kernel, and a GradScaler's skip of a non-finite step without waiting for the device
-    trained = [p for p in network.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, args.lr, tuple(args.betas), weight_decay=args.weight_decay, fused=True)
-
-
-def cut(values, part):
-    """Those of a part of a batch."""
-    return None if values is None else values[part]
-
-
-def load(batches, step, args, share, device, latents=None, targets=None, until=0):
-    """From `step` on, what a step needs of its data: where (n,) and flip (n,), on the CPU; and on the device pixels
-    (n, 3, S, S) uint8, the moments of cached latents, the tokens of cached targets up to step `until`, or None.
-    """
-    for step, (where, pixels) in enumerate(batches, step):
-        flip = draw_flips(args, step, share)
-        pixels = None if pixels is None else pixels.to(device, non_blocking=True)
-        moments = latents.read(where, flip, device) if latents else None
-        cached = targets.cache.read(where, flip, device) if targets and targets.cache and step < until else None
-        yield where, flip, pixels, moments, cached
-
-
-def mirrored(pixels, flip):
-    """Pixels (n, 3, S, S) uint8 -> images in [-1, 1], mirrored where flip (n,)."""
-    x = pixels / 127.5 - 1
-    return torch.where(like(flip.to(x.device, non_blocking=True), x), x.flip(-1), x)
-
-
-def clean(diffusion, pixels, moments, flip, noise):
-    """What a step learns from: the moments of cached latents, mirrored already, or pixels (n, 3, S, S) uint8, mirrored here
-    where flip (n,); noise samples the latents' posteriors -> x0 (n, *shape), images (n, 3, S, S) in [-1, 1] or None
-    """
-    x = None if pixels is None else mirrored(pixels, flip)
-    if moments is None:
-        return diffusion.encode(x, noise), x
-    return diffusion.from_moments(*moments.chunk(2, 1), noise), x
-
-
-@torch.no_grad()
-def examples(args, diffusion, store, latents, labels, validation, device, batch):
-    """The images that evaluations look at, of --val or else of the training data: batches (x0, y or None) on the CPU."""
-    found, noise, count = [], generator(0, 5), EVAL_IMAGES if args.size <= 64 else EVAL_IMAGES // 4
-    if args.val:
-        latents = None
-        validation.thin(count)
-        labels = torch.tensor(validation.labels) if diffusion.classes else None
-        batches = ((where[good], pixels[good]) for where, pixels, good in DataLoader(validation, batch) if good.any())
-    else:
-        numbers = torch.linspace(0, store.count - 1, min(store.count, count), dtype=torch.float64).long().split(batch)
-        batches = ((torch.from_numpy(store.indices[n.numpy()]), None if latents else store[n]) for n in numbers)
-    for where, pixels in batches:
-        drawn = torch.randn(len(where), *diffusion.shape, generator=noise).to(device) if diffusion.vae else None
-        as_is = torch.zeros(len(where), dtype=torch.bool)
-        moments = latents.read(where, as_is, device) if latents else None
-        x0, _ = clean(diffusion, None if latents else pixels.to(device), moments, as_is, drawn)
-        found.append((x0.cpu(), labels[where] if diffusion.classes else None))
-    if args.val:
-        validation.check_unreadable(len(validation) - sum(len(x0) for x0, _ in found))
-    return found
-
-
-def evaluate(diffusion, shown, weights, folder, step, args, device, batch):
-    """A grid of samples from fixed noise into RUN/samples/; the x0 error by radial band of the examples `shown` and, with
-    --val, their loss. `batch`: images at a time; four times what training takes at once fits, there being no gradients.
-    """
-    count = 64 if args.size <= 64 else 16
-    guidance, images = GRID_GUIDANCE if diffusion.classes and args.label_dropout else 1.0, []
-    for part in torch.arange(count).split(batch):
-        y = (part % len(diffusion.classes)).to(device) if diffusion.classes else None
-        images.append(generate(diffusion, part, args.seed, device, y, steps=GRID_STEPS, guidance=guidance))
-    save_grid(torch.cat(images), folder / "samples" / f"step{step:07d}.png", math.isqrt(count))
-    result = {"x0_error_by_band": band_errors(diffusion, shown, args.seed, device)}
-    return result | ({"val_loss": held_out_loss(diffusion, shown, args, weights, device)} if args.val else {})
-
-
-def open_vae(args, latents, checkpoint, device):
-    """The frozen autoencoder of latent space -> (vae, the config's part of it, where it is). Raises InputError."""
-    own, header = Path(args.out) / "autoencoder.pt", latents.header if latents else {}
-    begun = checkpoint["config"] if checkpoint else {}
-    if begun and latents and header["autoencoder"] != begun["autoencoder"]:
-        raise InputError(
-            f"--latents {args.latents}: made by autoencoder {header['autoencoder']}, {args.out} was begun with latents of "
-            f"{begun['autoencoder']}; give those, or another --out"
-        )
-    path = args.vae or (own if begun else header.get("vae"))
-    path = own if begun and own.exists() and not Path(path).exists() else path
-    if path is None:
-        raise InputError(f"--latents {args.latents}: does not say where its autoencoder is; --vae RUN_OR_FILE does")
-    wanted = header.get("autoencoder") or begun.get("autoencoder")
-    vae, info = open_autoencoder(path, device, wanted, args.latents or args.out)
-    if args.size % vae.factor:
-        raise InputError(f"--size {args.size}: the autoencoder {path} takes multiples of {vae.factor}")
-    side, scales = args.size // vae.factor, (begun, header, info["latent"] or {})
-    scale = next((known["scale"] for known in scales if known.get("scale")), None)
-    return vae, {"latent_shape": [vae.latent_channels, side, side], "scale": scale, "autoencoder": info["weights"]}, path
-
-
-def keep_autoencoder(path, folder):
-    """Copy an autoencoder into a run, which sampling then needs nothing beside."""
-    known = read_checkpoint(path, "autoencoder")
-    known |= {"model": known["ema"] or known["model"], "ema": None}
-    kept = {part: known.get(part) for part in ("config", "model", "ema", "step", "latent")}
-    write_atomically(folder / "autoencoder.pt", lambda f: torch.save(kept, f))
-
-
-@torch.no_grad()
-def measure_scale(store, vae, device):
-    """1 / std of the latents of up to 256 images, for an autoencoder that does not know its scale."""
-    statistics, count = LatentStatistics(), min(store.count, SCALE_IMAGES)
-    for part in torch.linspace(0, store.count - 1, count, dtype=torch.float64).long().split(8):
-        statistics.add(*vae.encode(store[part].to(device) / 127.5 - 1))
-    return statistics.result()["scale"]
-
-
-def check_images(about, header, what):
-    """Raise InputError where the images that `about` is of (see `image_header`) are not those of a cache."""
-    for key in ("size", "count", "first", "last", "classes"):
-        there = header["shape"][0] if key == "count" else header[key]
-        if about[key] != there:
-            raise InputError(f"{what}: made of other images than {about['data']}: {key} {there}, now {about[key]}")
-
-
-def make_network(config):
+def meta_network(config):
     """A network without weights, to look at. Raises InputError where its parts do not fit together."""
     with torch.device("meta"):
         return build_network(config | {"eta": 1.0})
 
 
-def main(args):
+def to_x0(diffusion, x, moments, noise):
+    """What a step learns from: images (n, 3, S, S) in [-1, 1], or the moments (n, 2C, h, w) of their latents; noise
+    samples the latents' posteriors -> x0 (n, *shape)
+    """
+    return diffusion.encode(x, noise) if moments is None else diffusion.from_moments(moments, noise)
+
+
+def draw_step(seed, step, batch, share, sampling, mean_std, diffusion):
+    """What else is random in a step, of the images at `share` of the global batch, from (seed, step) and their place:
+    t (n,), noise (n, *shape), label drop (n,) bool, and the noise of the latents' posteriors, None in other spaces.
+    """
+    device, g = diffusion.device, generator(seed, step, TIMES, device=diffusion.device)
+    t = draw_times(batch, sampling, mean_std, diffusion.path, g)[share]
+    drop = (torch.rand(batch, generator=g, device=device) < diffusion.config["label_dropout"])[share]
+    eps = image_noise(seed, step, NOISE, share, diffusion.shape, device)
+    return t, eps, drop, image_noise(seed, step, POSTERIOR, share, diffusion.shape, device) if diffusion.vae else None
+
+
+def open_images(args, run, latents, live):
+    """-> (the images of --data or None, what the data is). They are needed where there are no latents, where --data
+    names others than those of the latents, and where an encoder runs beside them. Raises InputError.
+    """
+    needed = latents is None or live or args.data != latents.header["data"]
+    try:
+        images = run.open_images(args.data, args.size, few=args.benchmark and latents is None) if needed else None
+    except InputError as error:
+        if latents is None:
+            raise
+        advice = "--data says where they are now, or --cache-targets FOLDER keeps what the encoder makes of them"
+        raise InputError(f"{error}. {latents.flag} was made of its images: {advice}") from error
+    identity = images.identity() if images else latents.header["images"]
+    if latents:
+        latents.check_images(identity, args.size)
+    run.check_data(identity, f"--data {args.data}")
+    return images, identity
+
+
+def open_data(args, run, latents, config, processes):
+    """What a run learns from -> Pixels or None, the complete config but for what is measured, Targets or None."""
+    aligning, folder = bool(args.repa) and run.step < (args.repa_stop or math.inf), args.cache_targets
+    records = Records(folder, "tokens", "--cache-targets") if folder and Records.is_complete(folder) else None
+    images, identity = open_images(args, run, latents, live=aligning and not records)
+    if args.classes and not identity["classes"]:
+        raise InputError(f"--classes: {args.data} has none; sort its images into a folder a class, or leave it out")
+    names = ("space", "size", "model", "path", "snr_scale", "predict", "label_dropout", "block", "keep")
+    config |= {name: getattr(args, name) for name in names}
+    config["classes"] = None if args.classes is False else identity["classes"]
+    num_tokens, pixels, targets = meta_network(config).num_tokens, None, None  # raises before any work
+    if aligning:
+        targets = Targets(args.encoder, args.size, num_tokens, args.amp, processes, records)
+        if records:
+            records.check_images(identity, args.size)
+        elif folder and not args.benchmark:
+            targets.keep(folder, images, args.workers)
+    if latents is None or (targets and targets.encoder):
+        pixels = Pixels(images, None if latents and args.benchmark else run.cache, processes, args.workers)
+        if latents and pixels.records and not np.array_equal(pixels.indices, latents.indices):
+            changed = f"other images can be read now than when {latents.flag} was made of it"
+            raise InputError(f"--data {args.data}: {changed}")
+    return pixels, config, targets
+
+
+def open_validation(spec, size, classes, label_dropout, processes):
+    """The images of --val. Raises InputError where their classes are others."""
+    validation = processes.local_first(lambda: Images(spec, size, "--val"))
+    if classes and validation.classes is None:
+        if not label_dropout:
+            raise InputError(f"--val {spec}: has no classes, and with --label-dropout 0 the model has no null class")
+        processes.print(f"val      {spec} has no classes: val_loss is that of the null class, unconditional")
+    elif classes and validation.classes != classes:
+        raise InputError(f"--val {spec}: its classes are {validation.classes}, those of the data {classes}")
+    return validation
+
+
+def train(args):
     # ---- set-up
-    latents = adopt(args)
-    complete(args)
-    if args.rmsc:
-        return compare_targets(args, latents)
-    processes, checkpoint, share, micro = set_up(args, "diffusion")
-    device, folder, say, local = processes.device, Path(args.out), processes.print, share.stop - share.start
-    step = checkpoint["step"] if checkpoint else 0
-    vae, found, origin = open_vae(args, latents, checkpoint, device) if args.space == "latent" else (None, {}, None)
-    if checkpoint and step >= args.steps:
-        return finished(args, say, step, again=True)
-    aligning = bool(args.repa) and step < (args.repa_stop or math.inf)
+    processes = Processes(args.device)
+    run, device, vae, config = Run(args, "diffusion", processes), processes.device, None, {}
+    latents = Records(args.latents, "moments") if args.latents else None
+    if args.space == "latent":
+        vae, config, origin = open_vae(args.vae, run, latents, args.size, device)
+    if run.step >= run.steps:
+        return processes.print(what_next(args.out, run.step, args.data, again=True))
 
     # ---- data
-    images, cached = None, args.cache_targets and Path(args.cache_targets).exists()
-    other = latents is not None and args.data != latents.header["data"]  # named by --data: are they the same images?
-    if latents is None or other or (aligning and not cached and not args.benchmark):
-        try:
-            images = open_images(args, processes)
-        except InputError as error:
-            if latents is None:
-                raise
-            raise InputError(
-                f"{error}. For --repa it should be the images --latents {args.latents} was made of: --data says where they "
-                "are now, or --cache-targets FILE keeps what the encoder makes of them"
-            ) from error
-    about = image_header(images) if images else latents.header | {"count": latents.header["shape"][0]}
-    if latents:
-        check_images(about, latents.header, f"--latents {args.latents}")
-    if args.classes and not about["classes"]:
-        raise InputError(f"--classes: {args.data} has none; sort its images into a folder a class, or leave it out")
-    classes = about["classes"] if args.classes is not False else None
-    validation = processes.local_first(lambda: Images(args.val, args.size)) if args.val else None
-    if validation and classes and validation.classes != classes:
-        raise InputError(f"--val {args.val}: its classes are {validation.classes}, those of the data {classes}")
-    named = ("space", "size", "model", "path", "snr_scale", "predict", "label_dropout", "block", "keep")
-    config = {name: getattr(args, name) for name in named} | {"classes": classes} | found
-    network = make_network(config)  # raises before any work
-    if not args.benchmark:
-        folder.mkdir(parents=True, exist_ok=True)
-    targets = Targets(args, network, images, about, processes) if aligning else None
-    if latents and (args.benchmark or not (targets and targets.encoder)):
-        store = latents
-    else:
-        store = open_store(args, images, processes, None if latents else checkpoint)
-        if latents:
-            store.align(latents.indices)
-    if checkpoint and checkpoint["data_count"] != store.count:
-        raise InputError(f"--latents {args.latents}: {store.count} images, {folder} began with {checkpoint['data_count']}")
-    labels = torch.from_numpy(latents.labels.astype(np.int64)) if latents else store.labels
+    pixels, config, targets = open_data(args, run, latents, config, processes)
+    data, classes = latents or pixels, config["classes"]
+    validation = args.val and open_validation(args.val, args.size, classes, args.label_dropout, processes)
 
     # ---- model
-    if checkpoint:
-        config = checkpoint["config"]
-        if config["classes"] != classes:
-            raise InputError(
-                f"--data {args.data} has changed since {folder} was begun: then its classes were {config['classes']}, "
-                f"now {classes}. Restore it, or name another --out"
-            )
+    if run.checkpoint:
+        config = run.checkpoint["config"]
     elif args.space == "dct":
-        config |= measure_codec(args, store, processes)
+        config |= measure_codec(pixels, args.size, args.block, args.keep, processes)
     elif vae and not config["scale"]:
-        config |= {"scale": measure_scale(store, vae, device)}
+        config |= {"scale": latent_statistics(vae, pixels, device)["scale"]}
     torch.manual_seed(args.seed)  # the same weights in every process
     amp, dtype = autocast(args.amp, device)
     diffusion = Diffusion(config, vae=vae, amp=amp)
-    trained = network = diffusion.network.to(device).train()
-    if args.repa:
-        dim = targets.dim if targets else checkpoint["target_dim"]
-        projector = make_projector(args.repa, network.width, dim, args.repa_width)
-        trained = Aligned(network, projector.to(device), args.repa_depth)
+    network, dim = diffusion.network.to(device).train(), targets.dim if targets else run.checkpoint.get("target_dim")
+    projector = args.repa and make_projector(args.repa, network.width, dim, args.repa_width).to(device)
+    aligned, ema = Aligned(network, projector, args.repa_depth), copy.deepcopy(network).eval().requires_grad_(False)
     weights = ebfr_weights(torch.tensor(config["entropies"]), config["keep"]).to(device) if args.ebfr else None
-    if args.benchmark:
-        return benchmark_diffusion(args, images, diffusion, trained, weights, latents, targets, processes, dtype)
-    optimizer, ema = make_optimizer(trained, args), copy.deepcopy(network).eval().requires_grad_(False)
-    scaler = make_scaler(device, dtype)
+    optimizer, sampling, look = run.optimizer(aligned), (args.t_sampling, args.t_logit_normal), None
+    if processes.main and not args.benchmark:
+        batch = 4 * run.micro  # no gradients are kept
+        averaged, examples = Diffusion(config, ema, vae, amp), make_examples(diffusion, validation, data, batch)
+        loss = partial(held_out_loss, sampling=args.t_sampling, mean_std=args.t_logit_normal, weights=weights)
+        look = partial(evaluate, averaged, examples, args.seed, batch, run.folder, loss if validation else None)
 
     # ---- resume
-    if checkpoint:
-        load_weights(network, checkpoint["model"], folder)
-        load_weights(ema, checkpoint["ema"], folder)
-        if args.repa:
-            load_weights(trained.projector, checkpoint["projector"], folder)
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-    elif vae and processes.main:
-        keep_autoencoder(origin, folder)
-    sampled = Diffusion(config, ema, vae, amp)
-    order = DataOrder(store.count, args.batch, args.seed)
-    shown = None
-    if processes.main:
-        shown = examples(args, diffusion, store, latents, labels, validation, device, 4 * micro)
-    epochs = args.steps * args.batch / store.count
-    say(f"data     {store.how}" + (f", {len(classes)} classes" if classes else ", no classes"))
-    if vae:
-        say(f"latents  scale {config['scale']:.4f}, autoencoder {config['autoencoder']} ({origin})")
-    millions = sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6
-    say(f"model    {args.model}, {millions:.2f}M parameters, input {' x '.join(map(str, diffusion.shape))}")
-    say(f"         {args.path} path, c = {args.snr_scale:g}, predicts {args.predict}")
-    if args.repa:
-        millions = sum(p.numel() for p in trained.projector.parameters()) / 1e6
-        say(f"aligned  block {args.repa_depth} to {args.repa} of {args.encoder}, weight {args.repa_weight:g}, "
-            f"projector {millions:.2f}M" + (f", until step {args.repa_stop}" if args.repa_stop else ""))  # fmt: skip
-    say(f"training {args.steps} steps of {args.batch} = {epochs:.1f} epochs, on {processes.world} x {device.type}")
-    say(f"         into {folder}" + (f", resumed at step {step}" if checkpoint else ""))
+    parts = {"model": network, "ema": ema, "optimizer": optimizer, "projector": projector}
+    processes.print(describe(data, diffusion))
+    if projector:
+        tap = f"block {args.repa_depth} to {args.repa} of {args.encoder}, weight {args.repa_weight:g}"
+        processes.print(f"aligned  {tap}" + (f" until step {args.repa_stop}" if args.repa_stop else ""))
+    flops = diffusion_flops(diffusion) if run.counts_flops else 0
+    log = run.start(parts, lambda: {"config": config, "target_dim": dim}, look, data.indices, flops, dtype)
+    if vae and processes.main and not run.checkpoint and not args.benchmark:
+        copy_autoencoder(origin, run.folder)
+    compiled = torch.compile if args.compile else lambda module: module
+    wrapped = processes.wrap(compiled(aligned))
 
-    def save():
-        if processes.main:
-            state = {
-                "model": network.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(), "step": step, "images_seen": step * args.batch, "config": config,
-                "projector": trained.projector.state_dict() if args.repa else None,
-                "target_dim": dim if args.repa else None,
-                # the data order and every random draw of the steps to come follow from these
-                "random": {"seed": args.seed, "next_step": step}, "data_count": store.count,
-                "args": plain_arguments(args),
-            }  # fmt: skip
-            write_atomically(folder / "checkpoint.pt", lambda f: torch.save(state, f))
-
-    # ---- loop
-    flops, peak = 0, 1
-    if device.type == "cuda":
-        flops, peak = diffusion_flops(diffusion, device), matmul_rate(device, dtype) * processes.world
-    wrapped = wrap(trained if aligning else network, args, processes)
-    log = Log(args, processes, store.count, step, flops, peak)
-    until = min(args.repa_stop or args.steps, args.steps) if targets else args.steps
-    batches = (store.batches(order, range(step, until), share),  # with images for the encoder, while it runs
-               (latents or store).batches(order, range(until, args.steps), share))  # fmt: skip
-    batches = load(itertools.chain(*batches), step, args, share, device, latents, targets, until)
-    for where, flip, pixels, moments, cached in log.timed(prefetch(batches)):
+    # ---- loop: batches until --repa-stop, which feed the encoder as well, and the rest
+    batches = run.batches(pixels, latents, targets and targets.records, stop=args.repa_stop if targets else None)
+    rest = run.batches(None if latents else pixels, latents)
+    for step, where, flip, images, moments, cached in itertools.chain(batches, rest):
         if targets and step == args.repa_stop:
-            wrapped, targets = wrap(network, args, processes), None
-        t, eps, drop, noise = draw_step(args, step, share, diffusion, device)
-        y = labels[where].to(device) if classes else None
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        for start in range(0, local, micro):
-            part, last = slice(start, start + micro), start + micro == local
-            x0, x = clean(diffusion, cut(pixels, part), cut(moments, part), flip[part], cut(noise, part))
-            tokens = targets.make(x, cut(cached, part)) if targets else None
+            wrapped, targets = processes.wrap(compiled(Aligned(network))), None
+        t, eps, drop, noise = draw_step(args.seed, step, args.batch, run.share, *sampling, diffusion)
+        y = torch.from_numpy(data.labels[where.numpy()]).to(device) if classes else None
+        for part, last in run.parts_of(len(t)):
+            with log.timer("encode"):
+                x = None if images is None else mirrored(images[part], flip[part])
+                x0 = to_x0(diffusion, x, *(None if v is None else v[part] for v in (moments, noise)))
+            with log.timer("targets"):
+                tokens = targets and (targets.tokens(x) if cached is None else cached[part])
+                tokens = targets and make_target(tokens, args.repa, sigmas=args.repa_sigmas)
             with processes.no_sync(wrapped, last):
-                loss, aligned = diffusion_loss(diffusion, wrapped, x0, eps[part], t[part], cut(y, part), drop[part],
-                                               weights, tokens)  # fmt: skip
-                total = loss.mean() + args.repa_weight * aligned.mean() if targets else loss.mean()
-                scaler.scale(total / args.grad_accum).backward()
+                with log.timer("forward"):
+                    given = (x0, eps[part], t[part], None if y is None else y[part], drop[part], weights, tokens)
+                    loss, alignment = diffusion_loss(diffusion, wrapped, *given)
+                    total = loss.mean() + (args.repa_weight * alignment.mean() if targets else 0)
+                with log.timer("backward"):
+                    run.backward(total)
             log.add("loss", loss)
             log.add("loss_by_quarter_of_t", loss, (t[part] * 4).long().clamp_max(3), bins=4)
             if targets:
-                log.add("alignment", aligned)
-        take_step(optimizer, scaler, log, args, dtype)
-        update_ema(ema, network, step, args.ema)
-        step += 1
-        # log
-        log.end_step(step, optimizer.param_groups[0]["lr"])
-        # save
-        if step % args.save_every == 0 or step == args.steps:
-            save()
-        # evaluate
-        if step % args.eval_every == 0 or step == args.steps:
-            if processes.main:
-                log.write(step=step, **evaluate(sampled, shown, weights, folder, step, args, device, 4 * micro))
-            log.restart_clock(step)
-    log.bar.close()
-    finished(args, say, step)
+                log.add("alignment", alignment)
+        with log.timer("optimizer"):
+            rate = run.take_step(optimizer, step)
+            update_ema(ema, network, step, args.ema)
+        run.end_step(step + 1, rate)
+    if not args.benchmark:
+        processes.print(what_next(args.out, run.steps, args.data))
 
 
-def compare_targets(args, latents):
-    """`--rmsc`: LDS, RMSC and directional energy by band of raw, iREPA and DoG targets, on the data, before any training;
-    and a picture of them.
-    """
-    processes = Processes(args.device)
-    args.repa, args.cache_targets, config = args.repa or "repa", None, vars(args) | {"classes": None}
-    if latents:
-        channels, side = latents.header["shape"][2] // 2, latents.header["shape"][3]
-        config |= {"latent_shape": [channels, side, side]}
-    elif args.space == "latent":
-        config |= open_vae(args, latents, None, processes.device)[1]
-    images = open_images(args, processes)
-    targets = Targets(args, make_network(config), images, image_header(images), processes)
-    if not processes.main:
-        return
-    images.thin(TARGET_IMAGES)
-    found, seen = [], []
-    with progress(total=len(images), unit="img", desc="targets", leave=False) as bar:
-        for _, pixels, good in DataLoader(images, min(32, args.batch)):
-            seen.append(pixels[good])
-            found.append(targets.tokens(seen[-1].to(processes.device) / 127.5 - 1).cpu())
-            bar.update(len(good))
-    tokens, say, side = torch.cat(found), processes.print, targets.side
-    rows = {"raw (repa)": ("repa",), "irepa": ("irepa",)}
-    rows |= {"dog {:g} {:g}".format(*sigmas): ("dog", sigmas) for sigmas in (args.repa_sigmas, *SHOWN_SIGMAS)}
-    pick = torch.linspace(0, len(tokens) - 1, min(8, len(tokens)), dtype=torch.float64).long()
-    bins, pictures = max(2, min(8, side // 2)), [torch.cat(seen)[pick] / 127.5 - 1]
-    say(f"{args.encoder} on {len(tokens)} images of {images.spec}: {side} x {side} tokens of {targets.dim}")
-    say("target         LDS   RMSC  directional energy by band, low to high")
-    for name, how in rows.items():
-        made = []
-        for part in tokens.split(16):  # pairs of tokens take room
-            field = as_map(make_target(part, *how))
-            made.append(torch.cat((lds(field)[:, None], rmsc(field)[:, None], directional_energy(field, bins)), 1))
-        means = torch.cat(made).mean(0).tolist()
-        say(f"{name:12}{means[0]:6.3f} {means[1]:6.3f}  " + " ".join(f"{energy:.3f}" for energy in means[2:]))
-        pictures.append(principal_colours(make_target(tokens[pick], *how), args.size))
-    file = save_grid(torch.cat(pictures), f"{args.out}-targets.png", len(pick))
-    say(f"picture {file}: images, and a row a target, in its first three principal components")
+def describe(data, diffusion):
+    """What is trained on what, in lines."""
+    classes, config = diffusion.classes, diffusion.config
+    names = f"{len(classes)} classes: {', '.join(classes[:8])}" if classes else "no classes"
+    millions = sum(p.numel() for p in diffusion.network.parameters() if p.requires_grad) / 1e6
+    shape = " x ".join(map(str, diffusion.shape))
+    lines = [f"data     {data}, {names}" + ", ..." * (len(classes or ()) > 8)]
+    if diffusion.vae:
+        lines.append(f"latents  scale {config['scale']:.4f}, autoencoder {config['autoencoder']}")
+    lines.append(f"model    {config['model']}, {millions:.2f}M parameters, input {shape}")
+    lines.append(f"         {config['path']} path, c = {config['snr_scale']:g}, predicts {config['predict']}")
+    return "\n".join(lines)
 
 
-def principal_colours(tokens, size):
-    """The first three principal components of tokens (N, T, D) as images (N, 3, size, size) in [-1, 1]."""
-    flat = tokens.flatten(0, 1) - tokens.flatten(0, 1).mean(0)  # (N T, D)
-    colours = flat @ torch.linalg.svd(flat, full_matrices=False).Vh[:3].mT
-    colours = (colours / (2 * colours.std(0) + 1e-6)).clamp(-1, 1).unflatten(0, tokens.shape[:2])  # (N, T, 3)
-    return F.interpolate(as_map(colours), (size, size))
-
-
-def measure_codec(args, store, processes):
-    """The codec's part of a config, measured on the data and shown: eta, entropies, PSNR per `keep`."""
-    eta, entropies, count = fit_codec(store, args.size, args.block, processes)
-    say = processes.print
-    if not processes.main:
-        return {"eta": eta, "entropies": entropies.tolist()}
-    some = store[torch.linspace(0, store.count - 1, min(store.count, 64 if args.size <= 128 else 16)).long()]
-    psnr = psnr_per_keep(some.to(processes.device) / 127.5 - 1, args.block)
-    say(f"codec    B {args.block}, keep {args.keep}, eta {eta:.3f} from {count} images")
-    shown = sorted({1, max(1, args.keep // 2), args.keep, min(args.keep + 1, len(psnr)), len(psnr)})
-    cap = " (all kept: the rest is lost to halved chroma)"
-    say("         PSNR by keep, dB: " + ", ".join(f"{k}: {psnr[k - 1]:.1f}" for k in shown) + cap)
-    for name, row in zip(("Y", "Cb", "Cr"), entropies[:, : args.keep].tolist()):
-        say(f"         H({name}) ".ljust(15) + " ".join(f"{h:.2f}" for h in row[:12]) + " ..." * (len(row) > 12))
-    return {"eta": eta, "entropies": entropies.tolist()}
-
-
-def finished(args, say, step, again=False):
-    say(f"{args.out}: {'this run is finished' if again else 'done'} at step {step} of {args.steps}.")
-    say(f"  look     {args.out}/samples/")
-    say(f"  sample   python sample.py {args.out} --n 64")
+def what_next(out, step, data, again=False):
+    """Commands to type after a run, in lines."""
+    lines = [f"{out}: {'this run is finished' if again else 'done'} at step {step}."]
+    lines += [f"  look     {out}/samples/", f"  sample   python sample.py {quoted(out)} --n 64"]
     if again:
-        say(f"  go on    the same command with --steps {2 * step}")
-    if args.data.startswith("dead-leaves"):
-        say("  your own python train_diffusion.py --data FOLDER_OR_ZIP --size 64")
+        lines.append(f"  go on    the same command with --steps {2 * step}")
+    if data.startswith("dead-leaves"):
+        lines.append("  your own python train_diffusion.py --data FOLDER_OR_ZIP --size 64")
+    return "\n".join(lines)
 
 
-def recipe_defaults(**recipes):
-    """recipes: name=dict -> each(name), the end of a help text: a flag's default in each of them."""
+# ---- command line -----------------------------------------------------------------------------------------
 
-    def each(name):
-        shown = {}
-        for which, recipe in recipes.items():
-            value = " ".join(map(str, recipe[name])) if isinstance(recipe[name], list) else str(recipe[name])
-            shown.setdefault(value, []).append(which.replace("_", " "))
-        if len(shown) == 1:
-            return f"(default: {next(iter(shown))})"
-        return "(default: " + ", ".join(f"{value} for {' and '.join(names)}" for value, names in shown.items()) + ")"
-
-    return each
-
-
-def add_training_flags(add, both):
-    """The flags of both trainers that read the same."""
-    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the images (default: yes)")
-    add("--steps", type=int, metavar="N", help=f"optimizer steps {both('steps')}")
-    add("--batch", type=int, metavar="GLOBAL", help=f"images a step, over all processes {both('batch')}")
-    add("--grad-accum", type=int, default=1, metavar="N", help="parts that a process's share is cut into (default: 1)")
-    add("--lr", type=float, metavar="X", help=f"AdamW learning rate {both('lr')}")
-    add("--lr-decay", choices=("none", "linear"),
-        help=f"after warm-up: constant, or linearly to 0 at --steps {both('lr_decay')}")  # fmt: skip
-    add("--warmup", type=int, metavar="N", help=f"steps of linear warm-up {both('warmup')}")
-    add("--betas", type=float, nargs=2, metavar=("B1", "B2"), help=f"AdamW betas {both('betas')}")
-    add("--weight-decay", type=float, metavar="X", help=f"AdamW weight decay {both('weight_decay')}")
-    add("--clip", type=float, metavar="X", help=f"largest gradient norm, 0 for none {both('clip')}")
-    add("--ema", type=float, metavar="X", help=f"decay of the average of the weights, 0 for none {both('ema')}")
-    add_device_flags(add)
-    add("--compile", action="store_true", help="torch.compile the network")
-    add("--seed", type=int, default=0, metavar="N", help="of weights, data order and noise (default: 0)")
-    add("--workers", type=int, metavar="N", help="processes that decode images (default: the CPU's cores, at most 8)")
-    add("--log-every", type=int, default=50, metavar="N", help="steps a metrics line (default: 50)")
-    add("--eval-every", type=int, default=1000, metavar="N", help="steps between evaluations (default: 1000)")
-    add("--save-every", type=int, default=500, metavar="N", help="steps between checkpoints (default: 500)")
-    add("--fresh", action="store_true", help="never resume: --out must be empty")
-    add("--benchmark", type=int, default=0, metavar="N",
-        help="time N steps part by part, train nothing (default: 0, off)")  # fmt: skip
+# What a flag is when it is not given. The tiny networks take a recipe that learns in minutes on a CPU (x0 prediction on
+# the flow path); all others take DCTdiff's published settings, which clip nothing, in latent space SiT's (arXiv
+# 2401.08740) with REPA's clipping.
+TINY = dict(path="flow", predict="x0", t_sampling="logit-normal", ebfr=False, lr=2e-3, betas=[0.9, 0.99])
+TINY |= dict(weight_decay=0.03, warmup=100, lr_decay="linear", clip=1.0, ema=0.999, batch=64, steps=1800)
+PUBLISHED = dict(path="vp", predict="eps", t_sampling="uniform", ebfr=True, lr=2e-4, betas=[0.99, 0.99])
+PUBLISHED |= dict(weight_decay=0.03, warmup=5000, lr_decay="none", clip=0.0, ema=0.9999, batch=256, steps=500_000)
+LATENT = PUBLISHED | dict(path="flow", predict="v", ebfr=False, lr=1e-4, betas=[0.9, 0.999], weight_decay=0.0)
+LATENT |= dict(warmup=0, clip=1.0, steps=400_000)
+KEEP = {2: 4, 4: 9, 8: 18}  # coefficients kept per block [code]; 8 of 16 from 256 px on
+SNR_SCALE = {32: 2.0, 64: 4.0, 128: 4.0, 256: 4.0, 512: 12.0}  # c of the vp paths by resolution, in DCT space [code]
+# On the flow path c is B^2 [ours]: dividing by eta, about 128 B, makes the noise of a token B times that of a pixel.
+ALIGNMENT_DEPTH = 8  # at most, of the tap: of REPA's SiT-L and XL; 4 of 12 blocks in its SiT-B
+ALIGNMENT_WEIGHT = {"repa": 0.5, "irepa": 1.0, "dog": 1.0}  # [code]; dog's, which builds on iREPA's recipe, is [ours]
+ALIGNMENT_WIDTH = {True: 512, False: 2048}  # of repa's projector: nano and tiny models [ours], others [code]
+DINO = "facebookresearch/dinov2:dinov2_vitb14"
 
 
-def make_parser():
-    flag = argparse.BooleanOptionalAction
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, both = parser.add_argument, recipe_defaults(nano_or_tiny_models=TINY, others=PUBLISHED, others_on_latents=LATENT)
-    add("--data", metavar="SPEC",
-        help="folder, .zip, cifar10, dead-leaves or dead-leaves:full (default: dead-leaves, with --latents what they were "
-        "made of)")  # fmt: skip
-    add("--val", metavar="SPEC", help="images held out, whose loss evaluations report (default: none)")
-    add("--size", type=int, metavar="PIXELS",
-        help="images are cropped and resized to this (default: 32, with --latents or --vae theirs)")  # fmt: skip
-    add("--out", metavar="RUN", help="run folder (default: runs/DATA-SIZE-SPACE-MODEL)")
-    add("--space", choices=("dct", "pixel", "latent"),
-        help="what is diffused (default: latent with --latents or --vae, else dct)")  # fmt: skip
-    add("--latents", metavar="FILE", help="latent cache of train_vae.py --encode, whose header says what else is needed")
-    add("--vae", metavar="CKPT", help="autoencoder: run of train_vae.py or SD-VAE weights; encodes at every step, or says "
-        "where that of --latents is now (default: where it was)")  # fmt: skip
-    add("--model", default="dit-nano", metavar="NAME",
-        help="uvit-nano|tiny|s|m|l|h or dit-nano|tiny|s|b|l|xl, in pixel and latent space with /PATCH "
-        "(default: dit-nano)")  # fmt: skip
+def is_tiny(model):
+    return model.lower().partition("/")[0].endswith(("nano", "tiny"))
 
-    add("--path", choices=tuple(PATHS), help=f"noise path; vp-sd is vp with Stable Diffusion's schedule {both('path')}")
-    add("--predict", choices=("eps", "v", "x0"), help=f"what the network predicts {both('predict')}")
-    add("--t-sampling", choices=("uniform", "logit-normal"), help=f"distribution of t {both('t_sampling')}")
-    add("--t-logit-normal", type=float, nargs=2, default=[0.5, 1.0], metavar=("MEAN", "STD"),
-        help="of logit t (default: 0.5 1)")  # fmt: skip
-    add("--snr-scale", type=float, metavar="C",
-        help="SNR scaling (default: 1; in DCT space B^2 on flow, on vp 2 to 12 by size)")  # fmt: skip
-    add("--block", type=int, metavar="B",
-        help="DCT block size (default: 2 to 64 px, 4 to 256, 8 at 512; at least 4 for nano and tiny models)")  # fmt: skip
-    add("--keep", type=int, metavar="K",
-        help="coefficients kept per block (default: 4 of 4, 9 of 16 or 8 from 256 px, 18 of 64)")  # fmt: skip
-    add("--ebfr", action=flag, help=f"entropy-based frequency reweighting {both('ebfr')}")
-    add("--classes", action=flag, help="train with classes (default: where the data has them)")
-    add(
-        "--label-dropout",
-        type=float,
-        default=0.1,
-        metavar="P",
-        help="share of labels made the null class (default: 0.1)",
-    )
-    add("--repa", choices=("repa", "irepa", "dog"),
-        help="align hidden tokens to an encoder's: raw, spatially normalised, or without their low spatial frequencies "
-        "(default: off)")  # fmt: skip
-    add("--encoder", metavar="SPEC",
-        help="hog, or a torch.hub entry REPO:ENTRY, REPO a local folder or on GitHub (default: "
-        "facebookresearch/dinov2:dinov2_vitb14)")  # fmt: skip
-    add("--repa-depth", type=int, metavar="K",
-        help="the block after which tokens are aligned (default: a third of the network, at most 8)")  # fmt: skip
-    add("--repa-weight", type=float, metavar="W", help="of the alignment loss (default: 0.5 for repa, 1 for irepa and dog)")
-    add("--repa-stop", type=int, metavar="STEP", help="align no longer from this step on (default: never)")
-    add("--repa-sigmas", type=float, nargs=2, metavar=("S1", "S2"),
-        help="of dog, in tokens: a band-pass, a high-pass where S1 is 0; S2 may be inf "
-        "(default: {:g} {:g})".format(*DOG_SIGMAS))  # fmt: skip
-    add("--repa-width", type=int, metavar="N",
-        help="width of repa's projector (default: 512 for nano or tiny models, 2048 for others)")  # fmt: skip
-    add("--cache-targets", metavar="FILE", help="keep the encoder's tokens of all images and mirror images in this file, "
-        "made at the first use (default: off, the encoder runs at every step)")  # fmt: skip
+
+def depth_of(model):
+    network, sizes, _ = parse_model(model)
+    with torch.device("meta"):
+        return network(**sizes).depth
+
+
+def recipe(first):
+    """Defaults that follow from the flags that were given: model, space, size, method of alignment."""
+    tiny, values = is_tiny(first.model), {"data": "dead-leaves", "size": 32}
+    space = first.space or ("latent" if first.latents or first.vae else "dct")
+    if first.latents:
+        header = Records(first.latents, "moments").header
+        values = {"data": header["data"], "size": header["size"]}
+    elif first.vae:
+        copied = Path(first.out or "") / "autoencoder.pt"  # of a run that goes on, where --vae is no longer there
+        path = copied if first.out and copied.exists() and not Path(first.vae).exists() else first.vae
+        checkpoint = read_checkpoint(path, "autoencoder")
+        values["size"] = checkpoint["config"].get("size") or 256
+        values["data"] = (checkpoint.get("args") or {}).get("data") or values["data"]
+    values |= {"space": space} | (TINY if tiny else LATENT if space == "latent" else PUBLISHED)
+    size, path = first.size or values["size"], first.path or values["path"]
+    if space == "dct":
+        block = first.block or (8 if size >= 512 else 4 if size >= 128 or tiny else 2)  # tiny networks want few tokens
+        keep = 8 if block == 4 and size >= 256 else KEEP.get(block, max(1, block**2 * 9 // 32))
+        nearest = min(SNR_SCALE, key=lambda at: abs(at - size))
+        values |= {"block": block, "keep": keep, "snr_scale": float(block**2) if path == "flow" else SNR_SCALE[nearest]}
+    else:
+        values |= {"ebfr": None, "snr_scale": 1.0}
+    name = f"{short_name(first.latents or first.data or values['data'])}-{size}-{space}"
+    values["out"] = f"runs/{name}-{first.model.lower().replace('/', '-')}" + (f"-{first.repa}" if first.repa else "")
+    return values | alignment_defaults(first)
+
+
+def alignment_defaults(args):
+    """Defaults of the flags of --repa and --rmsc that mean something."""
+    values = {"encoder": DINO} if args.repa or args.rmsc else {}
+    if args.repa and args.cache_targets and Records.is_complete(args.cache_targets):
+        values["encoder"] = Records(args.cache_targets, "tokens", "--cache-targets").header["encoder"]
+    if args.repa:
+        values |= {"repa_depth": max(1, min(ALIGNMENT_DEPTH, depth_of(args.model) // 3))}
+        values |= {"repa_weight": ALIGNMENT_WEIGHT[args.repa], "repa_stop": None, "cache_targets": None}
+    if args.repa == "repa":
+        values["repa_width"] = ALIGNMENT_WIDTH[is_tiny(args.model)]
+    if args.repa == "dog" or args.rmsc:
+        values["repa_sigmas"] = list(DOG_SIGMAS)
+    return values
+
+
+def parse(argv=None):
+    parser = Parser(__doc__)
+    switch, count = argparse.BooleanOptionalAction, at_least(1)
+    add = parser.add_argument_group("data").add_argument
+    add("--data", metavar="SPEC", help="folder, .zip, cifar10, dead-leaves or dead-leaves:full")
+    add("--val", metavar="SPEC", help="images held out: evaluations, val_loss and best.pt are of them (default: none)")
+    add("--size", type=count, metavar="PIXELS", help="images are cropped and resized to this")
+    add("--out", metavar="RUN", help="run folder")
+    add("--space", choices=("dct", "pixel", "latent"), help="what is diffused")
+    add("--latents", metavar="FOLDER", help="of train_vae.py --encode, whose header says what else is needed")
+    use = "autoencoder that encodes at every step, or where that of --latents is now"
+    add("--vae", metavar="CKPT", help=f"{use}: run of train_vae.py, SD-VAE weights")
+    add = parser.add_argument_group("model and loss").add_argument
+    sizes = "uvit-nano|tiny|s|m|l|h or dit-nano|tiny|s|b|l|xl, on pixels and latents /PATCH may follow"
+    add("--model", default="dit-nano", metavar="NAME", help=sizes)
+    add("--path", choices=tuple(PATHS), help="noise path; vp-sd is vp with Stable Diffusion's schedule")
+    add("--predict", choices=PREDICTIONS, help="what the network predicts")
+    add("--t-sampling", choices=("uniform", "logit-normal"), help="distribution of t")
+    add("--t-logit-normal", type=float, nargs=2, default=[0.5, 1.0], metavar=("MEAN", "STD"), help="of logit t")
+    scaling = "SNR scaling: in DCT space B^2 on flow and by size on vp, elsewhere 1"
+    add("--snr-scale", type=at_least(1e-9, float), metavar="C", help=scaling)
+    add("--block", type=count, metavar="B", help="DCT block size")
+    add("--keep", type=count, metavar="K", help="coefficients kept per block")
+    add("--ebfr", action=switch, help="entropy-based frequency reweighting")
+    add("--classes", action=switch, help="train with classes (default: where the data has them)")
+    add("--label-dropout", type=fraction, default=0.1, metavar="P", help="share of labels made the null class")
+    add = parser.add_argument_group("alignment").add_argument
+    methods = "align hidden tokens to an encoder's: raw, spatially normalised, or without their low spatial frequencies"
+    add("--repa", choices=("repa", "irepa", "dog"), help=f"{methods} (default: off)")
+    spec = "hog, or a torch.hub entry REPO:ENTRY, REPO a local folder or on GitHub"
+    add("--encoder", metavar="SPEC", help=spec)
+    add("--repa-depth", type=count, metavar="K", help="the block after which tokens are aligned")
+    add("--repa-weight", type=at_least(0, float), metavar="W", help="of the alignment loss")
+    add("--repa-stop", type=count, metavar="STEP", help="align no longer from this step on (default: never)")
+    sigmas = "of dog, in tokens: a band-pass, a high-pass where S1 is 0; S2 may be inf"
+    add("--repa-sigmas", type=float, nargs=2, metavar=("S1", "S2"), help=sigmas)
+    add("--repa-width", type=count, metavar="N", help="width of repa's projector")
+    cached = "keep the encoder's tokens of all images and mirror images, made at the first use (default: off)"
+    add("--cache-targets", metavar="FOLDER", help=cached)
     add("--rmsc", action="store_true", help="only measure the targets of --encoder on the data, train nothing")
-    add_training_flags(add, both)
-    return parser
+    add_training_flags(parser)
+    args = parser.complete(argv, recipe)
+
+    if args.space == "latent" and not (args.latents or args.vae):
+        raise InputError("--space latent: needs --latents FOLDER (of train_vae.py --encode) or --vae CKPT")
+    if args.space != "latent" and (args.latents or args.vae):
+        raise InputError(f"--space {args.space}: --latents and --vae are for --space latent")
+    if args.latents and args.size != args.defaults["size"]:
+        made = f"{args.latents} was made of images of {args.defaults['size']} pixels"
+        raise InputError(f"--size {args.size}: {made}; leave it out")
+    if args.space == "dct":
+        make_codec(vars(args) | {"eta": 1.0})  # raises where size, block and keep do not fit together
+    elif args.block or args.keep or args.ebfr:
+        raise InputError("--block, --keep, --ebfr: only for --space dct")
+    useful = alignment_defaults(args)
+    for name in ("encoder", "repa_depth", "repa_weight", "repa_stop", "repa_sigmas", "repa_width", "cache_targets"):
+        if getattr(args, name) is not None and name not in useful:
+            chosen = f"--repa {args.repa}" if args.repa else "--rmsc alone" if args.rmsc else "no --repa"
+            raise InputError(f"--{name.replace('_', '-')}: means nothing with {chosen}; leave it out")
+    low, high = args.repa_sigmas or DOG_SIGMAS
+    if not 0 <= low < high:
+        raise InputError(f"--repa-sigmas {low:g} {high:g}: the first must be the smaller, and not negative; 0 2 does")
+    if args.repa and not 1 <= args.repa_depth <= depth_of(args.model):
+        raise InputError(f"--repa-depth {args.repa_depth}: {args.model} has blocks 1 to {depth_of(args.model)}")
+    return args
+
+
+def main(args):
+    compare_targets(args) if args.rmsc else train(args)
 
 
 if __name__ == "__main__":
-    run_program(main, make_parser().parse_args())
+    run_program(main, parse)

@@ -1,49 +1,391 @@
-"""Train an autoencoder whose latents are easy to diffuse (Spectrum Matching, arXiv 2603.14645), and look at its spectrum.
+"""Stage 1: train an autoencoder whose latents are easy to diffuse (Spectrum
+Matching, arXiv 2603.14645), look at its spectrum, and encode images with it.
 
-    python train_vae.py                                                      # built-in images, minutes on a laptop
-    python train_vae.py --data photos/ --size 64 --regularizer esm           # kl, esm, dsm, eq, se, vf, none, esm+dsm
-    torchrun --nproc_per_node=8 train_vae.py --data photos.zip --preset f8d4 --regularizer dsm
-    python train_vae.py --eval-only --ckpt runs/mine --data more/            # PSNR, SSIM, rFID, LPIPS, spectrum
-    python train_vae.py --spectrum runs/kl runs/esm runs/dsm --data photos/  # side by side, a table and a figure
+    python train_vae.py                              # built-in images, minutes
+    python train_vae.py --data photos/ --size 64 --regularizer esm
+    torchrun --nproc_per_node=8 train_vae.py --data photos.zip --preset f8d4
+    python train_vae.py --eval-only --ckpt runs/mine --data more/
+    python train_vae.py --spectrum runs/kl runs/esm --data photos/
     python train_vae.py --encode photos/ --ckpt runs/mine --out photos.latents
 
-The same command again resumes. The method is in `draw_views` (what the decoder is shown), `regularizers` and
-spectral_losses.py; the network in vae.py; data, resume, logging and torchrun set-up are train_diffusion.py's.
+The same command again resumes. The method comes first: views, losses; then
+measures, training, and what all programs share: images, records, running.
 """
 
 import argparse
+import atexit
+import contextlib
 import copy
+import dataclasses
+import datetime
+import hashlib
+import io
+import itertools
 import json
 import math
-from functools import partial
+import os
+import pickle
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Subset
+from numpy.lib.format import open_memmap
+from PIL import Image, ImageOps
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
 
-from repa import as_map
-from sample import (Images, InputError, autocast, crop_text, fingerprint, frechet_distance, generator, load_autoencoder,
-                    load_features, load_weights, progress, record_score, run_folder, run_program, save_grid, short_name,
-                    to_uint8, write_atomically)  # fmt: skip
-from spectral_losses import (BINS, DSM_KEEP_ALL, DSM_LEVELS, bands_in_use, block_that_fits, blurs, downscale, esm_loss,
-                             kl_loss, log_shares, low_pass, power_law_exponent, psd, resize_to_latent, scale_and_rotate,
-                             spectral_kl, target_power, variance_of, vf_loss)  # fmt: skip
-from train_diffusion import (SCALE_IMAGES, Cache, DataOrder, LatentStatistics, Log, Processes, add_training_flags,
-                             benchmark, check_ranges, count_flops, fill_cache, image_header, image_noise, learning_rate,
-                             load, make_optimizer, make_scaler, matmul_rate, mirrored, open_encoder, open_images,
-                             open_store, plain_arguments, prefetch, recipe_defaults, set_up, take_step, update_ema,
-                             workers)  # fmt: skip
-from vae import PRESETS, VAE, PatchGAN, adaptive_weight, hinge_loss, load_lpips, sample_posterior
+from dct import white_level
+from repa import PATCH_ENCODER_SIZE, as_map, frechet_distance, load_encoder
+from spectral_losses import BINS, DSM_BLOCK, DSM_KEEP_ALL, DSM_LEVELS, block_that_fits, blurs, compare_with_target
+from spectral_losses import downscale, esm_loss, kl_loss, low_pass, power_law_exponent, psd, resize_to_latent
+from spectral_losses import scale_and_rotate, vf_loss
+from vae import PRESETS, SSIM_WINDOW, VAE, LatentStatistics, PatchGAN, adaptive_weight, hinge_loss, load_lpips, psnr
+from vae import read_published, sample_posterior, ssim
 
-# ---- method -----------------------------------------------------------------------------------------------
+# ---- method: what the decoder is shown --------------------------------------------------------------------
 
 REGULARIZERS = ("kl", "esm", "dsm", "eq", "se", "vf", "none")
 EQ_TRANSFORMED, EQ_SMALL = 0.5, 0.125  # shares of EQ-VAE's steps; the rest are plain [code]
 LEAST_SIDE = 16  # pixels, of what eq and se show the losses: LPIPS halves an image four times
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A change of latents and images alike: the decoder has to make the changed image of the changed latents."""
+
+    kind: str = "plain"  # dsm: low-passed, eq: scaled and turned, se: halved or quartered
+    k: int = 0  # of dsm's mask, see `low_pass`
+    block: int = DSM_BLOCK
+    side: int = 0  # of the latent after eq
+    turns: int = 0  # by 90 degrees, of eq
+    factor: int = 1  # of se
+    weight: float = 1.0  # in the loss
+
+    def apply(self, x, scale=1):
+        """Latents (scale 1), or images (scale: pixels per latent pixel) (N, C, H, W) -> (N, C, H', W')"""
+        if self.kind == "dsm":
+            return low_pass(x, self.k, self.block)
+        if self.kind == "eq":
+            return scale_and_rotate(x, (self.side * scale, self.side * scale), self.turns)
+        return downscale(x, self.factor) if self.kind == "se" else x
+
+
+def draw_views(terms, se_weight, seed, step, latent, factor):
+    """The views of a step, the same in all processes -> (side of the input, pixels, [View, ...]); latent: its side."""
+    g = generator(seed, step, VIEWS)
+
+    def draw(n):  # 0..n-1
+        return int(torch.randint(n, (), generator=g))
+
+    side, views = latent * factor, [View()]
+    if "dsm" in terms:  # section 3.3: the low-passed latent decodes to the low-passed image
+        k = (DSM_KEEP_ALL, *DSM_LEVELS)[draw(1 + len(DSM_LEVELS))]
+        views = [View("dsm", k=k, block=block_that_fits(latent, latent))] if k else views
+    if "eq" in terms:  # the scaled and turned latent decodes to the image scaled and turned alike
+        which, least = torch.rand((), generator=g).item(), least_latent(latent, factor)
+        small, turns = least + draw(latent - least), 1 + draw(3)
+        if which < EQ_TRANSFORMED:
+            views = [View("eq", side=small, turns=turns)]
+        elif which < EQ_TRANSFORMED + EQ_SMALL:
+            side = small * factor
+    if "se" in terms:  # the halved or quartered latent decodes to the image halved or quartered
+        scales = [s for s in (2, 4) if latent % s == 0 and side // s >= LEAST_SIDE]
+        views.append(View("se", factor=scales[draw(len(scales))], weight=se_weight))
+    return side, views
+
+
+def least_latent(latent, factor):
+    """The smallest side EQ-VAE scales a latent to: a quarter, unless the losses cannot see so small an image."""
+    return max(latent // 4, math.ceil(LEAST_SIDE / factor))
+
+
+# ---- method: losses ---------------------------------------------------------------------------------------
+
+
+class OnePass(nn.Module):
+    """Encode, sample, decode every view: one forward call, as DistributedDataParallel wants it."""
+
+    def __init__(self, vae, feature_width=None):
+        super().__init__()
+        self.vae, self.encode, self.decode = vae, vae.encode, vae.decode
+        # vf: onto the features of its encoder
+        self.project = nn.Conv2d(vae.latent_channels, feature_width, 1, bias=False) if feature_width else None
+
+    def forward(self, x, noise, views):
+        """x (N, 3, H, W), noise (N, C, h, w) -> mean, logvar, latents (N, C, h, w), [images], projected latents."""
+        mean, logvar = self.encode(x)
+        latents = sample_posterior(mean.float(), logvar.float(), noise)
+        outputs = [self.decode(view.apply(latents)).float() for view in views]
+        return mean, logvar, latents, outputs, self.project(latents) if self.project else None
+
+
+class Objective:
+    """All terms of the loss, with their weights and the networks they take. Terms go to log(name, value)."""
+
+    def __init__(self, one_pass, terms, weights, esm_delta, esm_blur, l2, lpips, encoder, critic, processes):
+        self.one_pass, self.vae, self.terms, self.weights = one_pass, one_pass.vae, terms, weights
+        self.esm_delta, self.esm_blur, self.pixel_error = esm_delta, esm_blur, F.mse_loss if l2 else F.l1_loss
+        self.lpips, self.encoder, self.critic, self.processes = lpips, encoder, critic, processes
+        self.model, self.wrapped_critic = one_pass, critic
+
+    def wrap(self, compiling):
+        """For several processes, and compiled."""
+        if compiling:
+            import torch._functorch.config
+
+            torch._functorch.config.donated_buffer = False  # adaptive weights go back through a part of the graph twice
+            self.one_pass.encode = torch.compile(self.vae.encode, dynamic=False)  # se's views have three sizes
+            self.one_pass.decode = torch.compile(self.vae.decode, dynamic=False)
+        self.model = self.processes.wrap(self.one_pass)
+        self.wrapped_critic = self.critic and self.processes.wrap(self.critic)
+
+    def reconstruction(self, output, image, log, prefix):
+        error = self.pixel_error(output, image)
+        log(prefix or "reconstruction", error)
+        if self.lpips:
+            perceptual = self.lpips(image, output).mean()
+            log(f"{prefix}_lpips" if prefix else "lpips", perceptual)
+            error = error + self.weights["lpips"] * perceptual
+        return error
+
+    def regularizers(self, images, mean, logvar, latents):
+        """The terms on latents themselves -> {name: value}"""
+        values = {"kl": kl_loss(mean, logvar)} if "kl" in self.terms else {}
+        if "esm" in self.terms:
+            values["esm"] = esm_loss(images, latents, self.esm_delta, blur=self.esm_blur)
+        return values
+
+    def autoencoder(self, images, noise, views, log, gan=False):
+        """The autoencoder's loss of images (n, 3, S, S), noise (n, C, h, w) -> scalar. The GAN sees the first view."""
+        mean, logvar, latents, outputs, projected = self.model(images, noise, views)
+        reconstruction, balanced = 0, {}  # name: (value, the parameter at which its gradient is balanced)
+        for view, output in zip(views, outputs):
+            prefix = "se" if view.kind == "se" else ""
+            error = self.reconstruction(output, view.apply(images, self.vae.factor), log, prefix)
+            reconstruction = reconstruction + view.weight * error
+        total = reconstruction
+        for name, value in self.regularizers(images, mean, logvar, latents).items():
+            log(name, value)
+            total = total + self.weights[name] * value
+        if "vf" in self.terms:
+            with torch.no_grad():
+                features = as_map(self.encoder(images)[0].float())  # (n, D, g, g)
+            balanced["vf"] = vf_loss(projected, features), self.vae.encoder.conv_out.weight
+        if gan:
+            balanced["gan"] = -self.critic(outputs[0]).mean(), self.vae.decoder.conv_out.weight
+        for name, (value, parameter) in balanced.items():
+            balance = adaptive_weight(reconstruction, value, parameter, self.processes.mean)
+            log(name, value)
+            log(f"{name}_balance", balance)
+            total = total + self.weights[name] * balance * value
+        log("loss", total)
+        return total
+
+    def discriminator(self, images, noise, views, log):
+        """Hinge loss of real against reconstructed images, both as the first view shows them -> scalar"""
+        with torch.no_grad():
+            outputs = self.one_pass(images, noise, views[:1])[3]
+        real, fake = self.wrapped_critic(torch.cat((views[0].apply(images, self.vae.factor), outputs[0]))).chunk(2)
+        loss = hinge_loss(real, fake)
+        for name, value in {"logits_real": real.mean(), "logits_fake": fake.mean(), "discriminator": loss}.items():
+            log(name, value)
+        return loss
+
+
+def turn(step, gan_start):
+    """From the start of the GAN on (None: never), autoencoder and discriminator alternate [code] -> (whether a step is
+    the discriminator's, how many steps its optimizer has taken before).
+    """
+    if gan_start is None or step < gan_start:
+        return False, step
+    pairs, second = divmod(step - gan_start, 2)
+    return bool(second), pairs if second else pairs + gan_start
+
+
+# ---- measuring --------------------------------------------------------------------------------------------
+
+EVAL_IMAGES = 1000  # looked at by an evaluation during training
+SCALE_IMAGES, SCALE_LIMIT = 256, 50_000  # images whose latents give the scale: of a checkpoint, of encoded latents
+MATCHED = 0.05  # largest difference of a matched latent from the target in the upper half of the bands, at unit std
+PER_ROW = 8  # pictures in a row
+
+
+def some_images(images, count, batch, workers, name="evaluate"):
+    """Batches of `count` images spread over a data set, (n, 3, S, S) uint8, without unreadable ones, at most 1%."""
+    chosen, unreadable = spread(range(len(images)), count).tolist(), 0
+    apart = max(1, len(chosen) // PER_ROW)  # the first batch, which is drawn, comes from all over the set
+    chosen = [i for start in range(apart) for i in chosen[start::apart]]
+    for _, pixels, good in images.batches(chosen, batch, workers, name):
+        unreadable += int((~good).sum())
+        images.check_unreadable(unreadable)
+        if good.any():
+            yield pixels[good]
+
+
+@torch.no_grad()
+def measure(vae, batches, device, seed=0, lpips=None, features=None, delta=1.0, error=F.l1_loss):
+    """Everything that is reported of an autoencoder -> (dict of plain values, rows of pictures).
+
+    Reconstructions are of the posterior's mean, spectra of its samples (as the losses see them), judged against the
+    image's times f^delta; pixel_error is the mean `error`.
+    """
+    values, noise, latents, rows, spectra, scored = {}, generator(seed, 4), LatentStatistics(), [], ([], []), ([], [])
+
+    def add(name, value):  # (n, ...)
+        values.setdefault(name, []).append(value.double().cpu())
+
+    for pixels in batches:
+        pixels = pixels.to(device)
+        x = pixels / 127.5 - 1
+        mean, logvar = vae.encode(x)
+        latents.add(mean, logvar)
+        made = vae.decode(mean).clamp(-1, 1)
+        add("psnr", psnr(pixels, to_uint8(made)))
+        add("ssim", ssim(pixels, to_uint8(made)))
+        add("pixel_error", error(made, x, reduction="none").flatten(1).mean(1))
+        if lpips:
+            add("lpips", lpips(x, made))
+        if features:
+            scored[0].append(features(pixels).float().cpu())
+            scored[1].append(features(to_uint8(made)).float().cpu())
+        z = sample_posterior(mean, logvar, torch.randn(mean.shape, generator=noise).to(device))
+        small = resize_to_latent(x, z.shape[-2:])
+        for name, field, spectrum in zip(("image", "latent"), (small, z), spectra):
+            spectrum.append(psd(field).double().cpu())
+            add(f"{name}_alpha", power_law_exponent(field).expand(len(x)))
+        add("target_alpha", power_law_exponent(small, delta=delta).expand(len(x)))
+        pictures = [x[:PER_ROW], made[:PER_ROW]]
+        block = block_that_fits(*z.shape[-2:])
+        for k in DSM_LEVELS if block else ():
+            target, output = low_pass(x, k, block).clamp(-1, 1), vae.decode(low_pass(mean, k, block)).clamp(-1, 1)
+            add(f"lowpass_psnr_{k}", psnr(to_uint8(target), to_uint8(output)))
+            pictures += [target[:PER_ROW], output[:PER_ROW]]
+        rows = rows or [picture.cpu() for picture in pictures]
+    result = {name: torch.cat(value).mean(0).tolist() for name, value in values.items()}
+    result |= compare_with_target(*map(torch.cat, spectra), *z.shape[-2:], delta)
+    if features:
+        result["rfid"] = frechet_distance(*map(torch.cat, scored))
+    result |= {f"latent_{key}": value for key, value in latents.result().items()}
+    return result | {"images": len(torch.cat(values["psnr"])), "latent_side": z.shape[-1], "size": x.shape[-1]}, rows
+
+
+def target_delta(settings):
+    """The target's delta, by a run's flags (None: published weights): its own where it has ESM, else the paper's 1."""
+    return settings["esm_delta"] if settings and "esm" in settings["regularizer"].split("+") else 1.0
+
+
+def verdict(result):
+    gap, raw = (result[scale]["upper_share"] for scale in ("unit_std", "raw"))
+    word = "matched" if abs(gap) <= MATCHED else "too noisy" if gap > 0 else "too smooth"
+    upper = f"{gap:+.3f} of log power in the upper half of the bands, against the target; raw {raw:+.3f}"
+    alphas = f"alpha {result['latent_alpha']:.2f}, the target's {result['target_alpha']:.2f}"
+    return f"{word} at unit std ({upper}); {alphas}"
+
+
+def headline(result):
+    """The first figures of a result of `measure`."""
+    figures = {"psnr": "PSNR {:.2f} dB", "ssim": "SSIM {:.4f}", "rfid": "rFID {:.4f}", "lpips": "LPIPS {:.4f}"}
+    return ", ".join(text.format(result[name]) for name, text in figures.items() if name in result)
+
+
+def report(name, result):
+    """Print a result of `measure`."""
+    print(f"{result['images']} images: {headline(result)}")
+    means = " ".join(f"{mean:.3f}" for mean in result["latent_mean"][:8])
+    print(f"latents: mean by channel {means}, std {result['latent_std']:.4f}, scale {result['latent_scale']:.4f}")
+    spectrum_table({name: result})
+    print(f"latents {verdict(result)}")
+
+
+def spectrum_rows(result):
+    """A result of `measure` as rows of title, format, in some rows the image's and the target's figure, the latents'"""
+    unit, raw, names = result["unit_std"], result["raw"], ("image", "target", "latent")
+    rows = list(zip(result["bands"], [".4f"] * BINS, *(unit[f"{name}_shares"] for name in names)))
+    sums = (("KL of mean spectra", ".4f", "kl_of_mean_spectra"), ("upper half", "+.3f", "upper_share"))
+    for title, form, key in (*sums, ("mean of KLs per image", ".4f", "mean_of_kls_per_image")):
+        rows += [(title, form, unit[key]), ("  raw", form, raw[key])]
+    rows.append(("alpha", ".2f", *(result[f"{name}_alpha"] for name in names)))
+    rows.append(("std about own mean", ".3f", *(result["spatial_std"][name] for name in names)))
+    rows += [("std", ".3f", result["latent_std"]), ("PSNR, dB", ".2f", result["psnr"]), ("SSIM", ".4f", result["ssim"])]
+    levels = [k for k in DSM_LEVELS if f"lowpass_psnr_{k}" in result]
+    return rows + [(f"low-pass {k}", ".2f", result[f"lowpass_psnr_{k}"]) for k in levels]
+
+
+def spectrum_table(results):
+    """Print results with one target: shares of log power by band at unit std, and sums."""
+    width, first = max(8, *(len(name) + 2 for name in results)), next(iter(results.values()))
+    side = first["latent_side"]
+    print(f"share of log power per band of {side} x {side} latents at unit std; target = {target_name(first)}")
+    print(f"{'band':<22}{'image':>8}{'target':>8}" + "".join(name.rjust(width) for name in results))
+    for rows in zip(*map(spectrum_rows, results.values())):
+        title, form, *others, _ = rows[0]
+        cells = "".join(format(other, form).rjust(8) for other in others).rjust(16)
+        print(f"{title:<22}{cells}" + "".join(format(row[-1], form).rjust(width) for row in rows))
+
+
+def target_name(result):
+    return "image x f" + (f"^{result['delta']:g}" if result["delta"] != 1 else "")
+
+
+def grouped(results):
+    """Results of autoencoders with the same target: one size of images, one of latents, one delta."""
+    groups = {}
+    for name, result in results.items():
+        groups.setdefault((result["size"], result["latent_side"], result["delta"]), {})[name] = result
+    return [groups[kind] for kind in sorted(groups)]
+
+
+def draw_spectra(results, file):
+    """Shares of power by band, at unit std and raw (as the paper's figure), on a log scale. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
+    for axes, scale, title in zip(panels, ("unit_std", "raw"), ("at unit std", "raw, as ESM and the paper have them")):
+        for group in grouped(results):
+            first = next(iter(group.values()))
+            at = f", {first['latent_side']} x {first['latent_side']}"
+            axes.plot(first["bands"], first[scale]["image_shares"], "k:", label="image" + at)
+            axes.plot(first["bands"], first[scale]["target_shares"], "k--", label=f"target: {target_name(first)}{at}")
+        for name, result in results.items():
+            label = f"{name}, KL of mean spectra {result[scale]['kl_of_mean_spectra']:.4f}"
+            axes.plot(result["bands"], result[scale]["latent_shares"], marker=".", label=label)
+        axes.set(title=title, xlabel="radial frequency band", yscale="log", xticks=range(1, BINS + 1))
+        axes.legend(frameon=False, fontsize=8)
+    panels[0].set(ylabel="share of log power")
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def save_pictures(rows, stem):
+    """STEM.png: originals above reconstructions; STEM-lowpass.png: the same of low-passed images and latents, by k."""
+    sheets = {f"{stem}.png": rows[:2], f"{stem}-lowpass.png": rows[2:]}
+    return [save_grid(torch.cat(pictures), file, len(rows[0])) for file, pictures in sheets.items() if pictures]
+
+
+# ---- training ---------------------------------------------------------------------------------------------
+
+# What a flag is when it is not given: the CPU preset's recipe [ours], and the published one (arXiv 2603.14645) [code],
+# batch and steps being those of CelebA-HQ; ImageNet's are 128 and 600,000, with dsm a million.
+TINY = dict(size=64, steps=400, batch=16, lr=1e-3, lr_decay="linear", warmup=50, betas=[0.9, 0.99], weight_decay=0.005)
+TINY |= dict(clip=1.0, ema=0.0, lpips_weight=0.0, gan_weight=0.0, features="none")
+PUBLISHED = dict(size=256, steps=500_000, batch=48, lr=5e-5, lr_decay="none", warmup=2000, betas=[0.9, 0.999])
+PUBLISHED |= dict(weight_decay=0.005, clip=1.0, ema=0.0, lpips_weight=0.5, gan_weight=0.5, features="inception")
 
 
 def parse_regularizer(text):
@@ -57,389 +399,54 @@ def parse_regularizer(text):
     return set(names) - {"none"}
 
 
-def least_latent(latent, factor):
-    """The smallest side EQ-VAE scales a latent to: a quarter, unless the losses cannot see so small an image."""
-    return max(latent // 4, math.ceil(LEAST_SIDE / factor))
-
-
-def draw_views(names, weight_se, seed, step, latent, factor):
-    """What the decoder is shown in a step, and what it has to make of it, the same in all processes.
-
-    -> (side of the input in pixels, [(change of latents, change of images, weight), ...]); latent: its side.
-    """
-
-    def draw(n):  # 0..n-1
-        return int(torch.randint(n, (), generator=g))
-
-    g = generator(seed, step, 3)
-    same, side = (lambda x: x), latent * factor
-    views = [(same, same, 1.0)]
-    if "dsm" in names:  # section 3.3: the low-passed latent decodes to the low-passed image
-        k = (DSM_KEEP_ALL, *DSM_LEVELS)[draw(1 + len(DSM_LEVELS))]
-        mask = partial(low_pass, k=k, block=block_that_fits(latent, latent))
-        views = [(mask, mask, 1.0)] if k else views
-    if "eq" in names:  # the scaled and turned latent decodes to the image scaled and turned alike
-        which, least = torch.rand((), generator=g).item(), least_latent(latent, factor)
-        small, turn = least + draw(latent - least), partial(scale_and_rotate, quarter_turns=1 + draw(3))
-        if which < EQ_TRANSFORMED:
-            to_latent, to_image = (partial(turn, size=(n, n)) for n in (small, small * factor))
-            views = [(to_latent, to_image, 1.0)]
-        elif which < EQ_TRANSFORMED + EQ_SMALL:
-            side = small * factor
-    if "se" in names:  # the halved or quartered latent decodes to the image halved or quartered
-        scales = [s for s in (2, 4) if latent % s == 0 and side // s >= LEAST_SIDE]
-        change = partial(downscale, factor=scales[draw(len(scales))])
-        views.append((change, change, weight_se))
-    return side, views
-
-
-def regularizers(args, terms, images, mean, logvar, latents):
-    """The terms of the loss on latents themselves -> {name: (weight, value)}; vf, of adaptive weight, is apart."""
-    values = {}
-    if "kl" in terms:
-        values["kl"] = args.kl_weight, kl_loss(mean, logvar)
-    if "esm" in terms:
-        values["esm"] = args.esm_weight, esm_loss(images, latents, args.esm_delta, blur=args.esm_blur)
-    return values
-
-
-class OnePass(nn.Module):
-    """Encode, sample, decode every view: one forward call, as DistributedDataParallel wants it."""
-
-    def __init__(self, vae, feature_width=None):
-        super().__init__()
-        self.vae, self.encode, self.decode = vae, vae.encode, vae.decode
-        if feature_width:  # onto the features of vf's encoder
-            self.project = nn.Conv2d(vae.latent_channels, feature_width, 1, bias=False)
-
-    def forward(self, x, noise, changes):
-        """x (N, 3, H, W), noise (N, C, h, w) -> mean, logvar, latents (N, C, h, w), [images], projected latents."""
-        mean, logvar = self.encode(x)
-        latents = sample_posterior(mean.float(), logvar.float(), noise)
-        made = [self.decode(change(latents)).float() for change in changes]
-        return mean, logvar, latents, made, self.project(latents) if hasattr(self, "project") else None
-
-
-def resized(images, side):
-    return F.interpolate(images, (side, side), mode="bilinear", antialias=True) if images.shape[-1] != side else images
-
-
-def autoencoder_loss(args, parts, images, noise, views, log, gan=False):
-    """All terms of one part of a batch -> scalar. `parts`: the networks, see `make_parts`. With `gan` the discriminator's."""
-    mean, logvar, latents, made, projected = parts.wrapped(images, noise, [change for change, _, _ in views])
-    wanted = [change(images) for _, change, _ in views]
-    reconstruction = 0
-    for name, output, image, (_, _, weight) in zip(("reconstruction", "se"), made, wanted, views):
-        error = F.mse_loss(output, image) if args.reconstruction == "l2" else F.l1_loss(output, image)
-        log.add(name, error)
-        if parts.lpips:
-            perceptual = parts.lpips(image, output).mean()
-            log.add("lpips" if name == "reconstruction" else "se_lpips", perceptual)
-            error = error + args.lpips_weight * perceptual
-        reconstruction = reconstruction + weight * error
-    total = reconstruction
-    for name, (weight, value) in regularizers(args, parts.terms, images, mean, logvar, latents).items():
-        log.add(name, value)
-        total = total + weight * value
-    if "vf" in parts.terms:
-        with torch.no_grad():
-            tokens = parts.encoder(images)[0].float()  # (N, T, D)
-        vf = vf_loss(projected, as_map(tokens))
-        balance = adaptive_weight(reconstruction, vf, parts.vae.encoder.conv_out.weight, parts.average)
-        log.add("vf", vf)
-        log.add("vf_balance", balance)
-        total = total + args.vf_weight * balance * vf
-    if gan:
-        fooled = -parts.discriminator(made[0]).mean()
-        balance = adaptive_weight(reconstruction, fooled, parts.vae.decoder.conv_out.weight, parts.average)
-        log.add("gan", fooled)
-        log.add("gan_balance", balance)
-        total = total + args.gan_weight * balance * fooled
-    log.add("loss", total)
-    return total
-
-
-def discriminator_loss(parts, images, noise, views, log):
-    """Hinge loss of real against reconstructed images, both as the first view shows them -> scalar."""
-    with torch.no_grad():
-        _, _, _, made, _ = parts.one_pass(images, noise, [views[0][0]])
-    logits = parts.wrapped_discriminator(torch.cat((views[0][1](images), made[0])))
-    real, fake = logits.chunk(2)
-    log.add("logits_real", real.mean())
-    log.add("logits_fake", fake.mean())
-    loss = hinge_loss(real, fake)
-    log.add("discriminator", loss)
-    return loss
-
-
-# ---- measuring --------------------------------------------------------------------------------------------
-
-EVAL_IMAGES = 1000  # looked at by an evaluation during training
-SCALE_LIMIT = 50_000  # images whose latents give the scale of a latent cache
-MATCHED = 0.05  # difference from the target in the upper half of the bands, at unit std, up to which a latent is matched
-SSIM_WINDOW, SHOWN = 11, 8  # pixels; pictures in a row
-
-
-def psnr(x, y):
-    """dB at a peak of 255, of images (N, 3, H, W) on 0..255 -> (N,)"""
-    return 10 * torch.log10(255**2 / (x.float() - y.float()).square().flatten(1).mean(1).clamp_min(1e-10))
-
-
-def ssim(x, y, window=SSIM_WINDOW, sigma=1.5):
-    """Structural similarity (Wang et al., 2004) of images (N, C, H, W) on 0..255 -> (N,), windows within the image."""
-    x, y = x.double(), y.double()  # variances are differences of large numbers
-    g = torch.exp(-(torch.arange(window, device=x.device) - window // 2).double().square() / (2 * sigma**2))
-    g = (g / g.sum()).expand(x.shape[1], 1, 1, window)
-
-    def mean(v):
-        return F.conv2d(F.conv2d(v, g, groups=v.shape[1]), g.mT, groups=v.shape[1])
-
-    mx, my, c1, c2 = mean(x), mean(y), (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    vx, vy, cov = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
-    score = (2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
-    return score.flatten(1).mean(1)
-
-
-def some_images(images, count, batch, workers, bar="evaluate"):
-    """Batches of `count` images spread over a data set, (n, 3, S, S) uint8; unreadable ones are left out. Raises
-    InputError where they are more than 1%.
-    """
-    chosen, bad = np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int)).tolist(), 0
-    apart = max(1, len(chosen) // SHOWN)
-    chosen = [i for start in range(apart) for i in chosen[start::apart]]  # those shown, the first, from all over the set
-    with progress(total=len(chosen), unit="img", desc=bar, leave=False) as shown:
-        for _, pixels, good in DataLoader(Subset(images, chosen), batch, num_workers=workers if count > 512 else 0):
-            bad += int((~good).sum())
-            images.check_unreadable(bad)
-            if good.any():
-                yield pixels[good]
-            shown.update(len(good))
-
-
-def target_delta(flags):
-    """The delta of the target that a run of these flags is judged against (None: published weights): its own where ESM
-    trained it, else the paper's 1.
-    """
-    return flags["esm_delta"] if flags and "esm" in parse_regularizer(flags["regularizer"]) else 1.0
-
-
-def compare_with_target(image, latent, height, width, delta=1.0):
-    """Spectra of latents beside the target's, image x f^delta. image, latent (N, BINS): `psd` of every image, resized to
-    the latent of height x width, and of every latent -> dict of plain values.
-
-    "raw" is as ESM sees them; at "unit_std" latents, target and image are brought to std 1 over the data set (about each
-    field's mean) before the logarithm, which is not free of scale. Each holds mean shares of log power of the `bands`
-    that have coefficients; the KL of those mean spectra, which is what the paper publishes, and the larger mean of the
-    images' own KLs, which is what ESM lowers; and by how much the latents' share in the upper half exceeds the target's.
-    """
-    spectra = {"image": image, "target": target_power(image, delta), "latent": latent}
-    variances = {name: variance_of(power, height, width).mean() for name, power in spectra.items()}
-    used = bands_in_use(height, width)
-    result = {"delta": delta, "bands": [band + 1 for band in used],
-              "spatial_std": {name: variance.sqrt().item() for name, variance in variances.items()}}  # fmt: skip
-    for scale in ("unit_std", "raw"):
-        divisors = variances if scale == "unit_std" else dict.fromkeys(spectra, torch.ones(()))
-        shares = {n: log_shares(power / divisors[n].clamp_min(1e-12))[:, used] for n, power in spectra.items()}
-        means = {name: share.mean(0) for name, share in shares.items()}
-        upper = torch.tensor(used) >= BINS // 2
-        result[scale] = {f"{name}_shares": mean.tolist() for name, mean in means.items()} | {
-            "kl_of_mean_spectra": spectral_kl(means["target"][None], means["latent"][None]).item(),
-            "mean_of_kls_per_image": spectral_kl(shares["target"], shares["latent"]).mean().item(),
-            "upper_share": (means["latent"] - means["target"])[upper].sum().item(),
-        }
-    return result
-
-
-@torch.no_grad()
-def measure(vae, batches, device, seed=0, lpips=None, features=None, shown=SHOWN, delta=1.0):
-    """Everything that is reported of an autoencoder -> (dict of plain values, rows of pictures).
-
-    Reconstructions are of the posterior's mean, spectra of its samples (as the losses see them), judged against the
-    image's times f^delta.
-    """
-    values, noise, latents, rows = {}, generator(seed, 4), LatentStatistics(), []
-    spectra = {"image": [], "latent": []}
-    kept = {"original": [], "reconstruction": []}
-
-    def add(name, value):  # (n, ...)
-        values.setdefault(name, []).append(value.double().cpu())
-
-    for pixels in batches:
-        pixels = pixels.to(device)
-        x = pixels / 127.5 - 1
-        mean, logvar = vae.encode(x)
-        latents.add(mean, logvar)
-        made = vae.decode(mean).clamp(-1, 1)
-        add("psnr", psnr(pixels, to_uint8(made)))
-        add("ssim", ssim(pixels, to_uint8(made)))
-        if lpips:
-            add("lpips", lpips(x, made))
-        if features:
-            kept["original"].append(features(pixels).float().cpu())
-            kept["reconstruction"].append(features(to_uint8(made)).float().cpu())
-        z = sample_posterior(mean, logvar, torch.randn(mean.shape, generator=noise).to(device))
-        small = resize_to_latent(x, z.shape[-2:])
-        for name, field in (("image", small), ("latent", z)):
-            spectra[name].append(psd(field).double().cpu())
-            add(f"{name}_alpha", power_law_exponent(field).expand(len(x)))
-        add("target_alpha", power_law_exponent(small, delta=delta).expand(len(x)))
-        pictures = [x[:shown], made[:shown]]
-        block = block_that_fits(*z.shape[-2:])
-        for k in DSM_LEVELS if block else ():
-            wanted, got = low_pass(x, k, block).clamp(-1, 1), vae.decode(low_pass(mean, k, block)).clamp(-1, 1)
-            add(f"lowpass_psnr_{k}", psnr(to_uint8(wanted), to_uint8(got)))
-            pictures += [wanted[:shown], got[:shown]]
-        if not rows:
-            rows = [picture.cpu() for picture in pictures]
-    result = {name: torch.cat(value).mean(0).tolist() for name, value in values.items()}
-    result |= compare_with_target(*map(torch.cat, spectra.values()), *z.shape[-2:], delta)
-    if features:
-        result["rfid"] = frechet_distance(*(torch.cat(part) for part in kept.values()))
-    result |= {f"latent_{key}": value for key, value in latents.result().items()}
-    return result | {"images": len(torch.cat(values["psnr"])), "latent_side": z.shape[-1], "size": x.shape[-1]}, rows
-
-
-def verdict(result):
-    gap, raw = (result[scale]["upper_share"] for scale in ("unit_std", "raw"))
-    word = "matched" if abs(gap) <= MATCHED else "too noisy" if gap > 0 else "too smooth"
-    return (f"{word} at unit std ({gap:+.3f} of log power in the upper half of the bands, against the target; raw "
-            f"{raw:+.3f}); alpha {result['latent_alpha']:.2f}, the target's {result['target_alpha']:.2f}")  # fmt: skip
-
-
-def report(name, result, say):
-    """Print a result of `measure`."""
-    extra = [f"{title} {result[key]:.4f}" for title, key in (("rFID", "rfid"), ("LPIPS", "lpips")) if key in result]
-    say(f"{result['images']} images: " + ", ".join([f"PSNR {result['psnr']:.2f} dB", f"SSIM {result['ssim']:.4f}", *extra]))
-    means = " ".join(f"{mean:.3f}" for mean in result["latent_mean"][:8])
-    say(f"latents: mean by channel {means}, std {result['latent_std']:.4f}, scale {result['latent_scale']:.4f}")
-    spectrum_table({name: result}, say)
-    say(f"latents {verdict(result)}")
-
-
-def save_pictures(rows, stem):
-    """STEM.png: originals above reconstructions; STEM-lowpass.png: low-passed images above what the low-passed
-    latents decode to, for each k."""
-    files = [save_grid(torch.cat(rows[:2]), f"{stem}.png", len(rows[0]))]
-    if rows[2:]:
-        files.append(save_grid(torch.cat(rows[2:]), f"{stem}-lowpass.png", len(rows[0])))
-    return files
-
-
-def optional(load, flag, what, say):
-    """load(), or None, in one line, where weights are missing."""
-    try:
-        return load()
-    except (InputError, ValueError) as error:
-        say(f"{what} is off: {' '.join(str(error).split())[:450]}; {flag} turns it on")
-
-
-def open_measures(args, processes):
-    """-> (lpips or None, features or None; features on process 0 alone), called by all processes. Raises InputError for a
-    file that was named and is bad; what is merely absent is off, with a line that says so.
-    """
-    say, named = processes.print, args.lpips_vgg or args.lpips_heads
-    lpips = features = None
-    flag = "--lpips-weight 0.5, with --lpips-vgg FILE --lpips-heads FILE where nothing can be downloaded,"
-    if args.lpips_weight:
-
-        def load():
-            return load_lpips(args.lpips_vgg, args.lpips_heads).to(processes.device)
-
-        try:
-            lpips = processes.local_first(load if named else partial(optional, load, flag, "LPIPS", say))
-        except ValueError as error:
-            raise InputError(f"--lpips-vgg, --lpips-heads: {error}") from error
-        if processes.sum(torch.tensor(float(lpips is None), device=processes.device)):
-            lpips = None  # off in all, where it is in one
-    else:
-        say(f"LPIPS is off; {flag} turns it on")
-    flag = "--features inception --features-weights FILE, or --features REPO:ENTRY,"
-    if args.features == "none":
-        say(f"rFID is off; {flag} turns it on")
-    elif processes.main:
-        load = partial(load_features, args, processes.device)
-        must = args.features_weights or args.features != "inception"
-        features = load() if must else optional(load, flag, "rFID", say)
-    return lpips, features
-
-
-def save_score(folder, result, args, images, info):
-    """rFID with its protocol, as sample.py writes its scores."""
-    record_score(folder, {"frechet_distance": result["rfid"], "kind": "reconstruction", "features": args.features,
-                          "features_weights": args.features_weights, "images": result["images"],
-                          "reference": images.spec, "reference_images": result["images"], "format": "uint8",
-                          "crop": crop_text(images.size), **info})  # fmt: skip
-
-
-# ---- settings ---------------------------------------------------------------------------------------------
-
-# What a flag is when it is not given: the CPU preset's recipe [ours], and the published one (arXiv 2603.14645) [code],
-# batch and steps being those of CelebA-HQ; ImageNet's are 128 and 600,000, with dsm a million.
-TINY = dict(size=64, steps=400, batch=16, lr=1e-3, lr_decay="linear", warmup=50, betas=[0.9, 0.99], weight_decay=0.005,
-            clip=1.0, ema=0.0, lpips_weight=0.0, gan_weight=0.0, features="none")  # fmt: skip
-PUBLISHED = dict(size=256, steps=500_000, batch=48, lr=5e-5, lr_decay="none", warmup=2000, betas=[0.9, 0.999],
-                 weight_decay=0.005, clip=1.0, ema=0.0, lpips_weight=0.5, gan_weight=0.5,
-                 features="inception")  # fmt: skip
-
-
-def fill(args, preset):
-    """Flags that were not given take the preset's recipe."""
-    for name, value in (TINY if preset == "tiny" else PUBLISHED).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-
-
-def complete(args):
-    """Fill in what the command left open, from the preset. Raises InputError."""
-    args.data = args.data or "dead-leaves"
-    if args.ckpt:
-        raise InputError(f"--ckpt {args.ckpt}: is for --eval-only and --encode; a run in --out resumes by itself")
-    fill(args, args.preset)
-    weights = ("kl_weight", "esm_weight", "se_weight", "vf_weight", "lpips_weight", "gan_weight", "gan_start")
-    check_ranges(args, **dict.fromkeys(weights, 0))
-    terms, factor = parse_regularizer(args.regularizer), 2 ** (len(PRESETS[args.preset]["widths"]) - 1)
-    if args.size % factor:
-        raise InputError(f"--size {args.size}: --preset {args.preset} takes multiples of {factor}")
-    latent = args.size // factor
-    if args.esm_blur is None:
-        args.esm_blur = blurs(latent)
+def check_size(size, preset, terms, gan_weight):
+    """The side of the latents. Raises InputError where the losses cannot be taken at this size."""
+    factor = 2 ** (len(PRESETS[preset]["widths"]) - 1)
+    flags = f"--regularizer {'+'.join(sorted(terms))} at --size {size}"
+    if size % factor:
+        raise InputError(f"--size {size}: --preset {preset} takes multiples of {factor}")
+    latent = size // factor
     if "dsm" in terms and not block_that_fits(latent, latent):
-        raise InputError(f"--regularizer {args.regularizer} at --size {args.size}: DSM's blocks of 8, 4 or 2 are at most half "
-                         f"as wide as the latent and divide it, which is {latent}x{latent} here; "
-                         f"--size {16 * factor} does")  # fmt: skip
+        fits = f"divide the latent, which is {latent}x{latent} here, and are at most half as wide"
+        raise InputError(f"{flags}: DSM's blocks of 8, 4 or 2 {fits}; --size {16 * factor} does")
     if "eq" in terms and latent <= least_latent(latent, factor):
-        raise InputError(f"--regularizer eq at --size {args.size}: nothing smaller to scale to; --size 64 does")
-    if "se" in terms and (latent % 2 or args.size < 2 * LEAST_SIDE):
-        raise InputError(f"--regularizer se at --size {args.size}: a latent of {latent} cannot be halved; --size 64 does")
-    if "vf" in terms and not args.encoder:
-        raise InputError("--regularizer vf: needs --encoder REPO:ENTRY, such as facebookresearch/dinov2:dinov2_vitb14")
-    if "eq" in terms and args.compile:
-        raise InputError("--compile: eq shows the network images of nearly as many sizes as there are steps, each of which "
-                         "would be compiled anew; leave --compile out")  # fmt: skip
-    smallest = least_latent(latent, factor) * factor if "eq" in terms else args.size
-    if args.gan_weight and smallest < PatchGAN().least_size:
-        raise InputError(f"--gan-weight {args.gan_weight:g}: the discriminator would see {smallest} pixels and needs "
-                         f"{PatchGAN().least_size}; a larger --size, or --gan-weight 0")  # fmt: skip
-    if args.out is None:
-        args.out = f"runs/{short_name(args.data)}-{args.size}-{args.preset}-{args.regularizer}"
+        raise InputError(f"{flags}: nothing smaller to scale to; --size 64 does")
+    if "se" in terms and (latent % 2 or size < 2 * LEAST_SIDE):
+        raise InputError(f"{flags}: a latent of {latent} cannot be halved; --size 64 does")
+    smallest, least = least_latent(latent, factor) * factor if "eq" in terms else size, PatchGAN().least_size
+    if gan_weight and smallest < least:
+        seen = f"the discriminator would see {smallest} pixels and needs {least}"
+        raise InputError(f"--gan-weight {gan_weight:g}: {seen}; a larger --size, or --gan-weight 0")
+    return latent
 
 
-# ---- training ---------------------------------------------------------------------------------------------
+def optional(what, load, named, hint, processes):
+    """load(), or None, in one line, where load is or weights are missing. Raises InputError where they were `named`."""
+    reason = ""
+    try:
+        if load:
+            return load()
+    except (InputError, ValueError) as error:
+        if named:
+            raise InputError(f"{named}: {error}" if type(error) is ValueError else str(error)) from error
+        reason = ": " + " ".join(str(error).split())[:450]
+    processes.print(f"{what} is off{reason}; {hint} turns it on")
 
 
-def make_parts(args, processes, config):
-    """The networks of a run, by name: vae, one_pass, discriminator, encoder (of vf), and what `main` wraps of them."""
-    torch.manual_seed(args.seed)  # the same weights in every process
-    device, encoder, terms = processes.device, None, parse_regularizer(args.regularizer)
-    shape = {name: config[name] for name in ("widths", "latent_channels", "num_res_blocks")}
-    vae, width = VAE(**shape).to(device, memory_format=layout(device)), None
-    if "vf" in terms:
-        encoder, tokens = open_encoder(args, processes)
-        width = tokens.shape[2]
-    one_pass = OnePass(vae, width).to(device)
-    discriminator = PatchGAN().to(device, memory_format=layout(device)) if args.gan_weight else None
-    return SimpleNamespace(terms=terms, vae=vae, one_pass=one_pass, discriminator=discriminator, encoder=encoder,
-                           average=lambda gradient: processes.sum(gradient) / processes.world)  # fmt: skip
+def open_lpips(weight, vgg, heads, processes):
+    """LPIPS, or None, in all processes alike."""
+    hint = "--lpips-weight 0.5, with --lpips-vgg FILE --lpips-heads FILE where nothing can be downloaded,"
+    load, named = weight and partial(load_lpips, vgg, heads), (vgg or heads) and "--lpips-vgg, --lpips-heads"
+    lpips = processes.local_first(lambda: optional("LPIPS", load, named, hint, processes))
+    return lpips.to(processes.device) if processes.all(lpips) else None
+
+
+def open_rfid(spec, weights, size, processes):
+    """The features of rFID on process 0, or None."""
+    hint = "--features inception --features-weights FILE, or --features REPO:ENTRY,"
+    load = spec != "none" and partial(open_features, spec, weights, size, processes.device)
+    named = (weights or spec != "inception") and "rFID"
+    return optional("rFID", load, named, hint, processes) if processes.main else None
 
 
 def layout(device):
@@ -447,248 +454,165 @@ def layout(device):
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
-def wrap(parts, args, processes):
-    if args.compile:  # adaptive weights go back through a part of the graph twice
-        import torch._functorch.config
-
-        torch._functorch.config.donated_buffer = False
-        parts.one_pass.encode = torch.compile(parts.vae.encode, dynamic=False)  # se's views have three sizes
-        parts.one_pass.decode = torch.compile(parts.vae.decode, dynamic=False)
-    parts.wrapped = processes.wrap(parts.one_pass)
-    parts.wrapped_discriminator = processes.wrap(parts.discriminator) if parts.discriminator else None
-
-
-def turn(args, step):
-    """Whose step it is: from the start of the GAN on, autoencoder and discriminator alternate [code] -> (whether the
-    discriminator's, how many steps its optimizer has taken before).
-    """
-    since = step - args.gan_start
-    if not args.gan_weight or since < 0:
-        return False, step
-    return since % 2 == 1, since // 2 + (0 if since % 2 else args.gan_start)
-
-
-def train_step(args, parts, processes, images, step, share, micro, context, scaler, log):
-    """Forward and backward of this process's share of a step. images (n, 3, S, S) in [-1, 1]"""
-    latent = args.size // parts.vae.factor
-    side, views = draw_views(parts.terms, args.se_weight, args.seed, step, latent, parts.vae.factor)
-    gan, (critic, _) = bool(args.gan_weight) and step >= args.gan_start, turn(args, step)
-    small = side // parts.vae.factor
-    noise = image_noise(args.seed, step, 7, share, (parts.vae.latent_channels, small, small), images.device)
-    if parts.discriminator:
-        parts.discriminator.requires_grad_(critic)
-    for start in range(0, len(images), micro):
-        part = slice(start, start + micro)
-        x = resized(images[part], side)
-        with processes.no_sync(parts.wrapped_discriminator if critic else parts.wrapped, start + micro >= len(images)):
-            with context():
-                if critic:
-                    loss = discriminator_loss(parts, x, noise[part], views, log)
-                else:
-                    loss = autoencoder_loss(args, parts, x, noise[part], views, log, gan)
-            scaler.scale(loss / args.grad_accum).backward()
-
-
-def benchmark_vae(args, images, parts, processes, amp):
-    """`--benchmark N` of this program: the autoencoder's steps; with --gan-start 0 the GAN's part in them is in."""
-    device, (context, dtype) = processes.device, amp
-    wrap(parts, args, processes)
-    n, optimizer = args.batch // processes.world, make_optimizer(parts.one_pass, args)
-    scaler, quiet = make_scaler(device, dtype), SimpleNamespace(add=lambda name, value: None)
-
-    def step(i, pixels, mark):
-        x = (pixels.to(device) / 127.5 - 1).contiguous(memory_format=layout(device))
-        mark("data")
-        train_step(args, parts, processes, x, 2 * i, slice(0, n), n // args.grad_accum, context, scaler, quiet)
-        mark("forward and backward")
-        torch.nn.utils.clip_grad_norm_(parts.one_pass.parameters(), args.clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
-        mark("optimizer")
-
-    names = ("data", "forward and backward", "optimizer")
-    benchmark(args, images, processes, lambda x: x, names, step, lambda: vae_flops(parts, args.size, device), dtype)
-
-
-def vae_flops(parts, size, device):
+def vae_flops(one_pass, size, device):
     """Forward and backward FLOPs of one image through the autoencoder, its losses' networks left out."""
-    x, side = torch.zeros(1, 3, size, size, device=device), size // parts.vae.factor
-    noise = torch.zeros(1, parts.vae.latent_channels, side, side, device=device)
-    flops = count_flops(lambda: parts.one_pass(x, noise, [lambda z: z])[3][0].sum())
-    parts.one_pass.zero_grad(set_to_none=True)
+    x, side = torch.zeros(1, 3, size, size, device=device), size // one_pass.vae.factor
+    noise = torch.zeros(1, one_pass.vae.latent_channels, side, side, device=device)
+    flops = count_flops(lambda: one_pass(x, noise, [View()])[3][0].sum())
+    one_pass.zero_grad(set_to_none=True)
     return flops
 
 
-def main(args):
-    check_ranges(args, eval_images=1, size=SSIM_WINDOW)  # what SSIM needs
-    if args.spectrum:
-        return compare_spectra(args)
-    if args.encode:
-        return encode_data(args)
-    if args.eval_only:
-        return evaluate_only(args)
+def make_objective(args, processes, checkpoint):
+    """The networks of a run and the loss that trains them; the same weights in every process. Raises InputError."""
+    terms, device = parse_regularizer(args.regularizer), processes.device
+    torch.manual_seed(args.seed)
+    encoder, width = None, None
+    if "vf" in terms:
+        if not args.encoder:
+            dino = "facebookresearch/dinov2:dinov2_vitb14"
+            raise InputError(f"--regularizer vf: needs --encoder REPO:ENTRY, such as {dino}")
+        encoder, tokens = open_encoder(args.encoder, args.size, processes)
+        width = tokens.shape[2]
+    one_pass = OnePass(VAE(**PRESETS[args.preset]), width).to(device, memory_format=layout(device))
+    critic = PatchGAN().to(device, memory_format=layout(device)) if args.gan_weight else None
+    lpips = open_lpips(args.lpips_weight, args.lpips_vgg, args.lpips_heads, processes)
+    if checkpoint and not checkpoint["lpips"]:
+        lpips = None  # a run goes on as it began
+    if checkpoint and checkpoint["lpips"] and not lpips:
+        raise InputError(f"{args.out} was begun with LPIPS; name its weights by --lpips-vgg FILE --lpips-heads FILE")
+    weights = {name.removesuffix("_weight"): value for name, value in vars(args).items() if name.endswith("_weight")}
+    esm, l2 = (args.esm_delta, args.esm_blur), args.reconstruction == "l2"
+    return Objective(one_pass, terms, weights, *esm, l2, lpips, encoder, critic, processes)
 
+
+def describe(objective, gan_start):
+    """The losses of a run in one line."""
+    weights, words = objective.weights, ["L2" if objective.pixel_error is F.mse_loss else "L1"]
+    words += [f"{weights['lpips']:g} LPIPS"] * bool(objective.lpips)
+    words += [f"{weights['gan']:g} adaptive GAN from step {gan_start + 1}"] * bool(objective.critic)
+    words += [f"{weights[name]:g} {name}" if name in weights else name for name in sorted(objective.terms)]
+    blur = f", image {'' if objective.esm_blur else 'not '}blurred" if "esm" in objective.terms else ""
+    return " + ".join(words) + blur
+
+
+@torch.no_grad()
+def latent_statistics(vae, pixels, device):
+    """Mean, std and scale of the latents of some images."""
+    statistics = LatentStatistics()
+    for part in torch.from_numpy(spread(pixels.indices, SCALE_IMAGES)).split(8):
+        statistics.add(*vae.encode(pixels.read(part.numpy()).to(device) / 127.5 - 1))
+    return statistics.result()
+
+
+def train(args):
     # ---- set-up
-    complete(args)
-    processes, checkpoint, share, micro = set_up(args, "autoencoder")
-    images = open_images(args, processes)
-    device, folder, say = processes.device, Path(args.out), processes.print
-    if checkpoint and checkpoint["step"] >= args.steps:
-        return finished(args, say, checkpoint["step"], again=True)
-    if args.gan_weight and args.gan_start >= args.steps:
-        say(f"warning: --gan-start {args.gan_start} is not before the end, --steps {args.steps}: the GAN never acts")
-    validation = processes.local_first(lambda: Images(args.val, args.size)) if args.val else images
+    processes, terms = Processes(args.device), parse_regularizer(args.regularizer)
+    latent = check_size(args.size, args.preset, terms, args.gan_weight)
+    device, write, gan = processes.device, processes.print, args.gan_weight > 0
+    run = Run(args, "autoencoder", processes)
+    if run.step >= run.steps:
+        return say_what_next(args.out, run.step, args.data, args.val, processes, again=True)
+    if gan and args.gan_start >= args.steps:
+        write(f"warning: --gan-start {args.gan_start} is not before the end, --steps {args.steps}: it never acts")
 
     # ---- data
-    store = open_store(args, images, processes, checkpoint)
+    images = run.open_images(args.data, args.size, few=args.benchmark)
+    validation = processes.local_first(partial(Images, args.val, args.size, "--val")) if args.val else None
+    pixels = Pixels(images, run.cache, processes, args.workers)
 
     # ---- model
-    config = {"preset": args.preset, "size": args.size, "regularizer": args.regularizer, "num_res_blocks": 2}
-    config |= PRESETS[args.preset]
-    config["widths"] = list(config["widths"])
-    parts = make_parts(args, processes, config)
-    vae, discriminator = parts.vae, parts.discriminator
-    parts.lpips, features = open_measures(args, processes)
-    if checkpoint and not checkpoint["lpips"]:
-        parts.lpips = None  # a run goes on as it began
-    if checkpoint and checkpoint["lpips"] and not parts.lpips:
-        raise InputError(f"{folder} was begun with LPIPS; name its weights by --lpips-vgg FILE --lpips-heads FILE")
-    amp, dtype = autocast(args.amp, device)
-    if args.benchmark:
-        return benchmark_vae(args, images, parts, processes, (amp, dtype))
-    optimizer, critic_optimizer = make_optimizer(parts.one_pass, args), None
-    if discriminator:
-        critic_optimizer = make_optimizer(discriminator, args)
+    objective = make_objective(args, processes, run.checkpoint)
+    one_pass, vae, critic = objective.one_pass, objective.vae, objective.critic
+    features = open_rfid(args.features, args.features_weights, args.size, processes) if not args.benchmark else None
+    optimizer, critic_optimizer = run.optimizer(one_pass), run.optimizer(critic) if gan else None
     ema = copy.deepcopy(vae).requires_grad_(False) if args.ema else None
-    scaler = make_scaler(device, dtype)
+    averaged, (amp, dtype) = ema or vae, autocast(args.amp, device)
+    config = {"num_res_blocks": 2} | PRESETS[args.preset] | {"widths": list(PRESETS[args.preset]["widths"])}
+    config |= {"preset": args.preset, "size": args.size, "regularizer": args.regularizer}
+
+    def facts():
+        latents = latent_statistics(averaged, pixels, device)
+        return {"config": config, "latent": latents, "val": args.val, "lpips": bool(objective.lpips)}
+
+    def evaluate(step):
+        source, count = validation or images, args.eval_images or EVAL_IMAGES
+        batches, delta = some_images(source, count, run.micro, pixels.workers), target_delta(vars(args))
+        networks, error = (objective.lpips, features), objective.pixel_error
+        result, rows = measure(averaged, batches, device, args.seed, *networks, delta, error)
+        save_pictures(rows, run.folder / "samples" / f"step{step:07d}")
+        if step == run.steps:
+            report(args.regularizer, result)
+            weights = fingerprint(averaged.state_dict())
+            save_rfid(run.folder, result, args.features, args.features_weights, source, step, weights)
+        return {"evaluation": result}, headline(result), result["pixel_error"] if validation else None
 
     # ---- resume
-    step = 0
-    if checkpoint:
-        load_weights(vae, checkpoint["model"], folder)
-        if ema:
-            load_weights(ema, checkpoint["ema"], folder)
-        if "vf" in parts.terms:
-            load_weights(parts.one_pass.project, checkpoint["projector"], folder)
-        if discriminator:
-            load_weights(discriminator, checkpoint["discriminator"], folder)
-            critic_optimizer.load_state_dict(checkpoint["critic_optimizer"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-        step = checkpoint["step"]
-    order = DataOrder(store.count, args.batch, args.seed)
-    epochs, millions = args.steps * args.batch / store.count, sum(p.numel() for p in vae.parameters()) / 1e6
-    side = args.size // vae.factor
-    say(f"data     {store.how}")
-    say(f"model    {args.preset}, {millions:.2f}M parameters, latents {vae.latent_channels} x {side} x {side}")
-    say(f"losses   {describe(args, parts, side)}")
-    say(f"training {args.steps} steps of {args.batch} = {epochs:.1f} epochs, on {processes.world} x {device.type}")
-    say(f"         into {folder}" + (f", resumed at step {step}" if checkpoint else ""))
-
-    def save():
-        if processes.main:
-            count, latent = min(store.count, SCALE_IMAGES), LatentStatistics()
-            chosen = torch.linspace(0, store.count - 1, count, dtype=torch.float64).long()
-            with torch.no_grad():
-                for part in chosen.split(micro):
-                    latent.add(*(ema or vae).encode(store[part].to(device) / 127.5 - 1))
-            state = {
-                "model": vae.state_dict(), "ema": ema.state_dict() if ema else None, "step": step, "config": config,
-                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "latent": latent.result(), "val": args.val,
-                "projector": parts.one_pass.project.state_dict() if "vf" in parts.terms else None,
-                "discriminator": discriminator.state_dict() if discriminator else None,
-                "critic_optimizer": critic_optimizer.state_dict() if discriminator else None,
-                # the data order and every random draw of the steps to come follow from these
-                "random": {"seed": args.seed, "next_step": step}, "images_seen": step * args.batch,
-                "data_count": store.count, "lpips": bool(parts.lpips), "args": plain_arguments(args),
-            }  # fmt: skip
-            write_atomically(folder / "checkpoint.pt", lambda f: torch.save(state, f))
+    parts = {"model": vae, "ema": ema, "projector": one_pass.project, "discriminator": critic}
+    parts |= {"optimizer": optimizer, "critic_optimizer": critic_optimizer}
+    flops = vae_flops(one_pass, args.size, device) if run.counts_flops else 0
+    millions = sum(p.numel() for p in vae.parameters()) / 1e6
+    write(f"data     {pixels}")
+    write(f"model    {args.preset}, {millions:.2f}M parameters, latents {vae.latent_channels} x {latent} x {latent}")
+    write(f"losses   {describe(objective, args.gan_start)}")
+    log = run.start(parts, facts, evaluate, pixels.indices, flops, dtype)
+    objective.wrap(args.compile)
 
     # ---- loop
-    decoders = workers(args, processes)
-    flops, peak = 0, 1
-    if device.type == "cuda":
-        flops, peak = vae_flops(parts, args.size, device), matmul_rate(device, dtype) * processes.world
-    wrap(parts, args, processes)
-    log = Log(args, processes, store.count, step, flops, peak)
-    batches = load(store.batches(order, range(step, args.steps), share), step, args, share, device)
-    for _, flip, pixels, _, _ in log.timed(prefetch(batches)):
-        x = mirrored(pixels, flip).contiguous(memory_format=layout(device))  # (N, 3, S, S)
-        train_step(args, parts, processes, x, step, share, micro, amp, scaler, log)
-        critic, taken = turn(args, step)
-        trained = critic_optimizer if critic else optimizer
-        for group in trained.param_groups:
-            group["lr"] = learning_rate(step, args, taken)
-        take_step(trained, scaler, log, args, dtype)
-        if ema and not critic:
-            update_ema(ema, vae, taken, args.ema)
-        step += 1
-        # log
-        log.end_step(step, trained.param_groups[0]["lr"])
-        # save
-        if step % args.save_every == 0 or step == args.steps:
-            save()
-            log.restart_clock(step)
-        # evaluate
-        if step % args.eval_every == 0 or step == args.steps:
-            if processes.main:
-                batches = some_images(validation, args.eval_images or EVAL_IMAGES, micro, decoders)
-                delta = target_delta(vars(args))
-                result, rows = measure(ema or vae, batches, device, args.seed, parts.lpips, features, delta=delta)
-                save_pictures(rows, folder / "samples" / f"step{step:07d}")
-                log.write(step=step, evaluation=result)
-                if step == args.steps:
-                    log.bar.close()
-                    report(args.regularizer, result, say)
-                if step == args.steps and "rfid" in result:
-                    info = {"step": step, "weights": fingerprint((ema or vae).state_dict())}
-                    save_score(folder, result, args, validation, info)
-            log.restart_clock(step)
-    finished(args, say, step)
+    for step, _, flip, x, _, _ in run.batches(pixels):
+        x = mirrored(x, flip).contiguous(memory_format=layout(device))  # (n, 3, S, S)
+        side, views = draw_views(terms, args.se_weight, args.seed, step, latent, vae.factor)
+        if side < args.size:
+            x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
+        small = side // vae.factor
+        noise = image_noise(args.seed, step, POSTERIOR, run.share, (vae.latent_channels, small, small), device)
+        started, (critics, taken) = gan and step >= args.gan_start, turn(step, args.gan_start if gan else None)
+        if critic:
+            critic.requires_grad_(critics)
+        for part, last in run.parts_of(len(x)):
+            with processes.no_sync(objective.wrapped_critic if critics else objective.model, last):
+                with log.timer("forward"), amp():
+                    given = x[part], noise[part], views, log.add
+                    loss = objective.discriminator(*given) if critics else objective.autoencoder(*given, started)
+                with log.timer("backward"):
+                    run.backward(loss)
+        with log.timer("optimizer"):
+            rate = run.take_step(critic_optimizer if critics else optimizer, step, taken)
+            if ema and not critics:
+                update_ema(ema, vae, taken, args.ema)
+        run.end_step(step + 1, rate)
+    if not args.benchmark:
+        say_what_next(args.out, run.steps, args.data, args.val, processes)
 
 
-def describe(args, parts, side):
-    words = [args.reconstruction.upper()]
-    words += [f"{args.lpips_weight:g} LPIPS"] * bool(parts.lpips)
-    words += [f"{args.gan_weight:g} adaptive GAN from step {args.gan_start + 1}"] * bool(args.gan_weight)
-    known = {
-        "kl": f"{args.kl_weight:g} KL",
-        "esm": f"{args.esm_weight:g} ESM (delta {args.esm_delta:g}, {'' if args.esm_blur else 'not '}blurred)",
-        "dsm": f"DSM in blocks of {block_that_fits(side, side)} ({side} x {side} latents)",
-        "eq": "EQ-VAE",
-        "se": f"{args.se_weight:g} scale equivariance",
-        "vf": f"{args.vf_weight:g} adaptive VF ({args.encoder})",
-    }
-    return " + ".join(words + [known[name] for name in sorted(parts.terms)])
-
-
-def finished(args, say, step, again=False):
-    say(f"{args.out}: {'this run is finished' if again else 'done'} at step {step} of {args.steps}.")
-    say(f"  look      {args.out}/samples/")
-    say(f"  spectrum  python train_vae.py --spectrum {args.out} --data {args.val or args.data}")
-    say(f"  evaluate  python train_vae.py --eval-only --ckpt {args.out}")
-    say(f"  encode    python train_vae.py --encode {args.data} --ckpt {args.out}")
+def say_what_next(out, step, data, val, processes, again=False):
+    run, write = quoted(out), processes.print
+    write(f"{out}: {'this run is finished' if again else 'done'} at step {step}.")
+    write(f"  look      {out}/samples/")
+    write(f"  spectrum  python train_vae.py --spectrum {run} --data {quoted(val or data)}")
+    write(f"  evaluate  python train_vae.py --eval-only --ckpt {run}")
+    write(f"  encode    python train_vae.py --encode {quoted(data)} --ckpt {run}")
     if again:
-        say(f"  go on     the same command with --steps {2 * step}")
+        write(f"  go on     the same command with --steps {2 * step}")
 
 
 # ---- using a trained autoencoder --------------------------------------------------------------------------
 
 
-def open_trained(args, path, device, flag):
+def open_trained(path, size, device, flag):
     """-> (vae, its info, the size of its images). Raises InputError; `flag` names where the path came from."""
     if not path:
         raise InputError(f"{flag}: name the autoencoder with --ckpt RUN_OR_FILE")
     vae, info = load_autoencoder(path, device)
-    size = args.size or info["config"].get("size") or 256
+    size = size or info["config"].get("size") or 256
     if size % vae.factor:
         raise InputError(f"--size {size}: the autoencoder {path} takes multiples of {vae.factor}")
     return vae.to(memory_format=layout(device)), info, size
 
 
-def data_of(args, info):
+def data_of(spec, info):
     """--val or --data, or else what the autoencoder was validated or trained on."""
-    spec = args.val or args.data or info["val"] or (info["args"] or {}).get("data")
+    spec = spec or info["val"] or (info["args"] or {}).get("data")
     if not spec:
         raise InputError("--data: name the images to look at; this checkpoint does not say what it was trained on")
     return spec
@@ -697,25 +621,20 @@ def data_of(args, info):
 def evaluate_only(args):
     """`--eval-only`: a report and pictures of one autoencoder, into --out or its run folder."""
     processes = Processes(args.device)
-    device, say = processes.device, processes.print
-    vae, info, size = open_trained(args, args.ckpt, device, "--eval-only")
-    if args.lpips_weight is None and (args.lpips_vgg or args.lpips_heads):
-        args.lpips_weight = 1.0  # any weight measures
-    fill(args, info["config"].get("preset"))
-    lpips, features = open_measures(args, processes)
+    vae, info, size = open_trained(args.ckpt, args.size, processes.device, "--eval-only")
+    lpips = open_lpips(args.lpips_weight, args.lpips_vgg, args.lpips_heads, processes)
+    features = open_rfid(args.features, args.features_weights, size, processes)
     if not processes.main:
         return
-    images = Images(data_of(args, info), size)
-    batches = some_images(images, args.eval_images or len(images), args.batch, workers(args, processes))
-    result, rows = measure(vae, batches, device, args.seed, lpips, features, delta=target_delta(info["args"]))
-    folder = Path(args.out or run_folder(args.ckpt))
-    report(run_folder(args.ckpt).resolve().name, result, say)
+    images, folder = Images(data_of(args.val or args.data, info), size), Path(args.out or run_folder(args.ckpt))
+    batches = some_images(images, args.eval_images or len(images), args.batch, processes.workers(args.workers))
+    result, rows = measure(vae, batches, processes.device, args.seed, lpips, features, target_delta(info["args"]))
+    report(run_folder(args.ckpt).resolve().name, result)
     stem = folder / "samples" / f"eval-step{info['step']:07d}-{short_name(images.spec)}-{size}"
     files = save_pictures(rows, stem)
-    write_atomically(f"{stem}.json", lambda f: f.write(json.dumps(result, indent=1).encode()))
-    say(f"pictures {' '.join(map(str, files))}, numbers {stem}.json")
-    if "rfid" in result:
-        save_score(folder, result, args, images, {"step": info["step"], "weights": info["weights"]})
+    write_json(f"{stem}.json", result)
+    print(f"pictures {' '.join(map(str, files))}, numbers {stem}.json")
+    save_rfid(folder, result, args.features, args.features_weights, images, info["step"], info["weights"])
 
 
 def compare_spectra(args):
@@ -723,177 +642,1321 @@ def compare_spectra(args):
     processes = Processes(args.device)
     if not processes.main:
         return
-    device, say, folder, results = processes.device, processes.print, Path(args.out or "runs/spectrum"), {}
+    folder, results, spec = Path(args.out or "runs/spectrum"), {}, args.val or args.data
+    count, workers = args.eval_images or EVAL_IMAGES, processes.workers(args.workers)
     for path in args.spectrum:
-        vae, info, size = open_trained(args, path, device, "--spectrum")
-        args.data = data_of(args, info)  # the first one's, for all
-        images = Images(args.data, size)
-        name = run_folder(path).resolve().name
+        vae, info, size = open_trained(path, args.size, processes.device, "--spectrum")
+        spec, name = data_of(spec, info), run_folder(path).resolve().name  # the first one's data, for all
         name = path if name in results else name
-        batches = some_images(images, args.eval_images or EVAL_IMAGES, args.batch or 32, workers(args, processes), name)
-        results[name], _ = measure(vae, batches, device, args.seed, delta=target_delta(info["args"]))
+        batches = some_images(Images(spec, size), count, args.batch, workers, name)
+        results[name], _ = measure(vae, batches, processes.device, args.seed, delta=target_delta(info["args"]))
     for name, result in results.items():
-        say(f"{name}: latents {verdict(result)}")
-    for alike in grouped(results):
-        spectrum_table(alike, say)
+        print(f"{name}: latents {verdict(result)}")
+    for group in grouped(results):
+        spectrum_table(group)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "spectrum.json", lambda f: f.write(json.dumps(results, indent=1).encode()))
-    say(f"numbers {folder}/spectrum.json, from {args.data}")
+    write_json(folder / "spectrum.json", results)
+    print(f"numbers {folder}/spectrum.json, from {spec}")
     try:
         draw_spectra(results, folder / "spectrum.png")
-        say(f"figure  {folder}/spectrum.png")
+        print(f"figure  {folder}/spectrum.png")
     except ImportError:
-        say("no figure: it takes matplotlib (pip install matplotlib)")
+        print("no figure: it takes matplotlib (pip install matplotlib)")
 
 
-def grouped(results):
-    """Results of autoencoders with the same target: one size of images, one of latents, one delta."""
-
-    def kind(result):
-        return result["size"], result["latent_side"], result["delta"]
-
-    kinds = sorted({kind(result) for result in results.values()})
-    return [{name: result for name, result in results.items() if kind(result) == one} for one in kinds]
-
-
-def target_name(result):
-    return "image x f" + (f"^{result['delta']:g}" if result["delta"] != 1 else "")
+def save_rfid(folder, result, features, files, images, step, weights):
+    """rFID, where there is one, with its protocol, as sample.py writes its scores."""
+    if "rfid" in result:
+        protocol = {"features": features, "features_weights": files, "images": result["images"]}
+        protocol |= {"reference": images.spec, "reference_images": result["images"], "format": "uint8"}
+        protocol |= {"crop": crop_text(images.size), "step": step, "weights": weights}
+        record_score(folder, {"frechet_distance": result["rfid"], "kind": "reconstruction", **protocol})
 
 
-def spectrum_table(results, say):
-    """Print results with one target: shares of log power by band at unit std, and sums."""
-    names, first = list(results), next(iter(results.values()))
-    width, side, shares = max(8, *(len(name) + 2 for name in names)), first["latent_side"], first["unit_std"]
-
-    def row(title, form, value, *others):
-        cells = [" " * 8 if other is None else format(other, f"8{form}") for other in others or (None, None)]
-        say(f"{title:<22}" + "".join(cells) + "".join(format(value(r), form).rjust(width) for r in results.values()))
-
-    say(f"share of log power per band of {side} x {side} latents at unit std, low to high; target = {target_name(first)}")
-    say(f"{'band':<22}{'image':>8}{'target':>8}" + "".join(name.rjust(width) for name in names))
-    for i, band in enumerate(first["bands"]):
-        image, target = (shares[f"{name}_shares"][i] for name in ("image", "target"))
-        row(band, ".4f", lambda r, i=i: r["unit_std"]["latent_shares"][i], image, target)
-    for title, key, form in (("KL of mean spectra", "kl_of_mean_spectra", ".4f"),
-                             ("mean of KLs per image", "mean_of_kls_per_image", ".4f"),
-                             ("upper half", "upper_share", "+.3f")):  # fmt: skip
-        row(title, form, lambda r, key=key: r["unit_std"][key])
-        row("  raw", form, lambda r, key=key: r["raw"][key])
-    row("alpha", ".2f", lambda r: r["latent_alpha"], first["image_alpha"], first["target_alpha"])
-    stds = (first["spatial_std"][name] for name in ("image", "target"))
-    row("std about own mean", ".3f", lambda r: r["spatial_std"]["latent"], *stds)
-    lines = [("std", "latent_std", ".3f"), ("PSNR, dB", "psnr", ".2f"), ("SSIM", "ssim", ".4f")]
-    lines += [(f"low-pass {k}", f"lowpass_psnr_{k}", ".2f") for k in DSM_LEVELS if f"lowpass_psnr_{k}" in first]
-    for title, key, form in lines:
-        row(title, form, lambda r, key=key: r[key])
-
-
-def draw_spectra(results, file):
-    """Shares of power by band, on a logarithmic scale, in the manner of the paper's figure (raw), and at unit std. Needs
-    matplotlib.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, both = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
-    for axes, scale, title in zip(both, ("unit_std", "raw"), ("at unit std", "raw, as ESM and the paper have them")):
-        for alike in grouped(results):
-            first = next(iter(alike.values()))
-            at = f", {first['latent_side']} x {first['latent_side']}"
-            axes.plot(first["bands"], first[scale]["image_shares"], "k:", label="image" + at)
-            axes.plot(first["bands"], first[scale]["target_shares"], "k--", label=f"target: {target_name(first)}{at}")
-        for name, result in results.items():
-            label = f"{name}, KL of mean spectra {result[scale]['kl_of_mean_spectra']:.4f}"
-            axes.plot(result["bands"], result[scale]["latent_shares"], marker=".", label=label)
-        axes.set(title=title, xlabel="radial frequency band", yscale="log", xticks=range(1, BINS + 1))
-        axes.legend(frameon=False, fontsize=8)
-    both[0].set(ylabel="share of log power")
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
-
-
-def encode_data(args):
-    """`--encode DATA --ckpt CKPT --out FILE`: the latent cache of stage 2 (see `Cache`). The same command goes on
-    where it was interrupted.
-    """
-    processes = Processes(args.device)
-    say = processes.print
-    vae, info, size = open_trained(args, args.ckpt, processes.device, "--encode")
-    images = processes.local_first(lambda: Images(args.encode, size))
-    file = Path(args.out or run_folder(args.ckpt) / f"{short_name(args.encode)}-{size}.latents")
-    header = image_header(images) | {
-        "kind": "moments", "shape": [len(images), 2, 2 * vae.latent_channels, *2 * [size // vae.factor]], "scale": None,
-        "factor": vae.factor, "autoencoder": info["weights"], "preset": info["config"].get("preset"), "vae": args.ckpt,
-    }  # fmt: skip
+def encode_data(spec, ckpt, size, out, device, batch, workers):
+    """`--encode SPEC --ckpt CKPT --out FOLDER`: latents of stage 2, `Records` of moments. The same command goes on."""
+    processes = Processes(device)
+    vae, info, size = open_trained(ckpt, size, processes.device, "--encode")
+    images = processes.local_first(partial(Images, spec, size, "--encode"))
+    folder = Path(out or run_folder(ckpt) / f"{short_name(spec)}-{size}.latents")
+    made_by = {"kind": "moments", "autoencoder": info["weights"], "vae": ckpt}
+    made_by |= {"preset": info["config"].get("preset"), "factor": vae.factor}
     # float32, whatever --amp: a posterior's std may be less than a half-precision rounding of its mean
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
-    def encode(x):
+    @torch.no_grad()
+    def moments(pixels):
+        x = pixels.to(processes.device) / 127.5 - 1
         views = (view.contiguous(memory_format=layout(x.device)) for view in (x, x.flip(-1)))
-        return torch.stack([torch.cat(vae.encode(view), 1) for view in views], 1)
+        return torch.stack([torch.cat(vae.encode(view), 1) for view in views], 1).half().cpu().numpy()
 
-    def measure_scale(cache):
-        good, statistics = cache.indices, LatentStatistics()
-        good = good[:: math.ceil(len(good) / SCALE_LIMIT)]
-        for part in np.array_split(good, math.ceil(len(good) / 256)):
-            statistics.add(*torch.from_numpy(cache.values[part].astype(np.float32)).flatten(0, 1).chunk(2, 1))
+    def scale(records):
+        statistics, some = LatentStatistics(), spread(records.indices, SCALE_LIMIT)
+        for part in np.array_split(some, math.ceil(len(some) / 256)):
+            statistics.add(*records.read(part).float().flatten(0, 1).chunk(2, 1))
         return {"scale": statistics.result()["scale"]}
 
-    if not fill_cache(file, header, images, encode, processes, args, "--out", args.batch or 32, measure_scale):
-        return say(f"{file}: all {len(images)} images are encoded already")
-    if processes.main:
-        latents = Cache(file)
-        say(f"{file}: {len(latents.indices)} images, scale {latents.header['scale']:.4f}, autoencoder {info['weights']}")
-        say(f"  diffuse  python train_diffusion.py --latents {file}")
+    shape = (2, 2 * vae.latent_channels, size // vae.factor, size // vae.factor)
+    records = Records.make(folder, images, made_by, shape, moments, processes, workers, batch, "--out", scale)
+    scaled = f"scale {records.header['scale']:.4f}, autoencoder {info['weights']}"
+    processes.print(f"{folder}: {len(records.indices)} images, {scaled}")
+    processes.print(f"  diffuse  python train_diffusion.py --latents {quoted(folder)}")
 
 
-def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, both = parser.add_argument, recipe_defaults(tiny=TINY, other_presets=PUBLISHED)
-    add("--data", metavar="SPEC",
-        help="folder, .zip, cifar10, dead-leaves or dead-leaves:full (default: dead-leaves; where a trained autoencoder "
-        "is looked at, its own)")  # fmt: skip
-    add("--val", metavar="SPEC", help="images that evaluations look at (default: those of --data)")
-    add("--size", type=int, metavar="PIXELS", help=f"images are cropped and resized to this {both('size')}")
-    add("--out", metavar="RUN", help="run folder (default: runs/DATA-SIZE-PRESET-REGULARIZER); the file of --encode "
-        "(default: in CKPT's folder); the folder of --spectrum (default: runs/spectrum) and of --eval-only's pictures "
-        "(default: CKPT's)")  # fmt: skip
-    add("--preset", default="tiny", choices=PRESETS, help="f: pixels per latent pixel, d: channels (default: tiny)")
-    add("--regularizer", default="esm", metavar="NAME[+NAME]",
-        help="kl, esm, dsm, eq, se, vf, none or a sum such as esm+dsm; eq goes with neither dsm nor se "
-        "(default: esm)")  # fmt: skip
-    add("--kl-weight", type=float, default=1e-6, metavar="W", help="of kl. The reconstruction is a mean over pixels, KL "
-        "a sum over latent dimensions: at 256 px 1e-6 is 196,608 times latent diffusion's 1e-6, whose reconstruction is "
-        "a sum (default: 1e-6)")  # fmt: skip
-    add("--esm-weight", type=float, default=0.01, metavar="W", help="of esm (default: 0.01)")
-    add("--esm-delta", type=float, default=1.0, metavar="D",
-        help="the target is the image's spectrum times f^D (default: 1)")  # fmt: skip
-    add("--esm-blur", action=argparse.BooleanOptionalAction,
-        help="blur images before they are resized to the latent (default: yes, except where it is 32 wide)")  # fmt: skip
-    add("--se-weight", type=float, default=0.25, metavar="W", help="of se (default: 0.25)")
-    add("--vf-weight", type=float, default=0.1, metavar="W", help="of vf, beside its adaptive weight (default: 0.1)")
+# ---- shared by all programs: images -----------------------------------------------------------------------
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+MAX_UNREADABLE = 0.01  # share of a data set
+DEAD_LEAVES = 20_000  # images in the built-in set
+PALETTE = np.frombuffer(bytes.fromhex("e63946f4a261e9d85a43aa573a86c47850aaf0f0eb"), np.uint8).reshape(7, 3)
+
+
+class InputError(Exception):
+    """A mistake of the user's: printed without a traceback. Names the flag or file, the value and what would do."""
+
+
+def to_rgb(image):
+    """A Pillow image just opened as 8-bit RGB: EXIF rotation applied, deeper greys scaled, transparency laid on white.
+    Raises ValueError where the range of its pixels is not known (see `white_level`).
+    """
+    white, image = white_level(image), ImageOps.exif_transpose(image)
+    if white != 255:
+        image = Image.fromarray((np.asarray(image) * (255 / white)).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def center_crop(image, size):
+    """The central square of a Pillow image, `size` pixels wide: box-halved while twice as large, then bicubic."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    while image.width >= 2 * size:
+        image = image.resize((image.width // 2, image.width // 2), Image.Resampling.BOX)
+    return image if image.width == size else image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def dead_leaves(index, size, full=False):
+    """Image `index` of occluding discs with radius density r^-3, the model of natural images' power-law spectra
+    (Lee, Mumford & Huang, IJCV 2001). One or two discs in seven colours, or with `full` as many as fill the
+    frame, in free colours. -> (size, size, 3) uint8
+    """
+    rng, palette = np.random.default_rng([index, int(full)]), PALETTE.astype(np.float32)
+    small, large = (size / 16, size / 2) if full else (size / 6, size / 3)
+    rows = np.arange(size, dtype=np.float32)
+    frame, empty = np.zeros((size, size, 3), np.float32), np.ones((size, size), np.float32)  # painted front to back
+    for count in itertools.repeat(128) if full else [rng.integers(1, 3)]:
+        radius = (rng.uniform(large**-2, small**-2, count) ** -0.5).astype(np.float32)  # inverse CDF of r^-3
+        reach = radius[:, None] if full else -radius[:, None] / 2  # full: centres may lie outside the frame
+        centre = rng.uniform(-reach, size + reach, (count, 2)).astype(np.float32)
+        colour = rng.uniform(0, 255, (count, 3)) if full else palette[rng.integers(0, len(palette), count)]
+        distance = np.hypot(*np.broadcast_arrays(rows[:, None] - centre[:, :1, None], rows - centre[:, 1:, None]))
+        cover = (radius[:, None, None] - distance + 0.5).clip(0, 1)  # (count, size, size), soft edges
+        left = np.cumprod(np.concatenate((empty[None], 1 - cover)), 0)  # what shows through the leaves before each
+        frame += np.einsum("khw,kc->hwc", left[:-1] * cover, colour.astype(np.float32))
+        empty = left[-1]
+        if full and empty.max() < 1 / 255:
+            break
+    return (frame + empty[..., None] * palette[rng.integers(len(palette))]).round().astype(np.uint8)
+
+
+class Images(Dataset):
+    """The images of `--data SPEC`, centre-cropped to `size` pixels.
+
+    SPEC: a folder tree or .zip (classes = the folders at its top; a StyleGAN/EDM dataset.json wins), `cifar10` or
+    `cifar10:test` (torchvision downloads them to ./data), `dead-leaves` or `dead-leaves:full`. Attributes: names,
+    labels (list of int, or None), classes (list of str, or None). Raises InputError where there are no images.
+    """
+
+    def __init__(self, spec, size, flag="--data"):
+        self.spec, self.size, self.flag, self.path = spec, size, f"{flag} {spec}", Path(spec)
+        self.labels, self.classes, self._zips = None, None, {}
+        self.kind, _, self.option = spec.partition(":")
+        if spec in ("dead-leaves", "dead-leaves:full"):
+            self.names = range(DEAD_LEAVES)
+        elif spec in ("cifar10", "cifar10:test"):
+            from torchvision.datasets import CIFAR10
+
+            try:
+                data = CIFAR10("data", train=not self.option, download=True)
+            except Exception as error:  # torchvision lets whatever its download met through
+                raise InputError(f"{self.flag}: torchvision could not download it to ./data ({error})") from error
+            self.names, self.pixels, self.labels, self.classes = range(len(data)), data.data, data.targets, data.classes
+        else:
+            self._list_files()
+
+    def _list_files(self):
+        if self.path.is_dir():
+            self.kind, files = "folder", sorted(file.relative_to(self.path).as_posix() for file in self._walk())
+        elif zipfile.is_zipfile(self.path):
+            self.kind, files = "zip", sorted(name for name in self._zip().namelist() if not name.endswith("/"))
+        else:
+            state = "is neither a folder nor a .zip" if self.path.exists() else "does not exist"
+            kinds = "a folder, a .zip, cifar10, cifar10:test, dead-leaves or dead-leaves:full"
+            raise InputError(f"{self.flag}: {state}; it takes {kinds}")
+        visible = [file for file in files if not re.search(r"(^|/)(__MACOSX|\.)", file)]
+        self.names = [name for name in visible if os.path.splitext(name)[1].lower() in EXTENSIONS]
+        if not self.names:
+            raise InputError(f"{self.flag}: no image in it ({len(files)} files; {' '.join(sorted(EXTENSIONS))})")
+        if "dataset.json" in files:
+            return self._label_by_json()
+        parts = [name.split("/")[:-1] for name in self.names]
+        common = len(os.path.commonprefix(parts))  # of lists: the folders that all images share
+        tops = [part[common] if len(part) > common else None for part in parts]
+        if None not in tops:  # with images at the top as well, folders are no classes
+            classes, labels = np.unique(tops, return_inverse=True)
+            self.classes, self.labels = classes.tolist(), labels.tolist()
+
+    def _walk(self):
+        """The files below, links followed (linked twice, twice). Raises InputError at a link to a folder above."""
+        for root, folders, files in os.walk(self.path, followlinks=True):
+            yield from (Path(root, file) for file in files)
+            for link in filter(Path.is_symlink, (Path(root, folder) for folder in folders)):
+                around = [folder.resolve() for folder in link.parents if folder.is_relative_to(self.path)]
+                if any(folder.is_relative_to(link.resolve()) for folder in around):
+                    raise InputError(f"{self.flag}: {link} is a link to a folder that it lies in; remove it")
+
+    def _label_by_json(self):
+        try:
+            labels = dict(json.loads(self._bytes("dataset.json")).get("labels") or {})  # null: a set without classes
+            labels = [labels[name] for name in self.names] if labels else []
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"{self.flag}: dataset.json holds no list of [file, class number] ({error})") from error
+        except KeyError as error:
+            raise InputError(f"{self.flag}: dataset.json gives no label to {error}") from error
+        for name, label in zip(self.names, labels):
+            if type(label) not in (int, float) or label < 0 or label % 1:
+                wrong = f"dataset.json gives {name} the label {label!r}"
+                raise InputError(f"{self.flag}: {wrong}; labels are whole numbers from 0 on")
+        if labels:
+            self.labels, self.classes = list(map(int, labels)), [str(i) for i in range(int(max(labels)) + 1)]
+
+    def identity(self):
+        """What the data is, however its path is spelled: plain values to compare."""
+        names = [self.spec] if isinstance(self.names, range) else self.names
+        digest = hashlib.sha256(json.dumps([names, self.labels]).encode()).hexdigest()[:16]
+        return {"count": len(self), "names": digest, "classes": self.classes}
+
+    def cache_name(self):
+        """A name for the decoded images, which changes with the files."""
+        files = {"folder": self.names, "zip": [""]}.get(self.kind, [])
+        stats = [(stat.st_size, stat.st_mtime_ns) for stat in ((self.path / file).stat() for file in files)]
+        digest = hashlib.sha256(json.dumps([self.identity(), stats]).encode()).hexdigest()[:8]
+        return f"{short_name(self.spec)}-{self.size}-{digest}"
+
+    def thin(self, count):
+        """Keep at most `count` images, spread evenly."""
+        kept = range(0, len(self.names), math.ceil(len(self.names) / count))
+        self.names, self.labels = [self.names[i] for i in kept], self.labels and [self.labels[i] for i in kept]
+
+    def _zip(self):  # one handle a process: they share no file position
+        if os.getpid() not in self._zips:
+            self._zips[os.getpid()] = zipfile.ZipFile(self.path)
+        return self._zips[os.getpid()]
+
+    def _bytes(self, name):
+        return self._zip().read(name) if self.kind == "zip" else (self.path / name).read_bytes()
+
+    def __getstate__(self):
+        return self.__dict__ | {"_zips": {}}
+
+    def __len__(self):
+        return len(self.names)
+
+    def open(self, i):
+        """Image i as it is stored (Pillow). Raises what Pillow raises where it cannot be read."""
+        if self.kind == "dead-leaves":
+            return Image.fromarray(dead_leaves(self.names[i], self.size, full=self.option == "full"))
+        if self.kind == "cifar10":
+            return Image.fromarray(self.pixels[self.names[i]])
+        return Image.open(io.BytesIO(self._bytes(self.names[i])))
+
+    def read(self, i):
+        """Image i as (3, size, size) uint8, or None, its name printed, where it is unreadable or truncated."""
+        try:
+            with self.open(i) as image:
+                return torch.from_numpy(np.array(center_crop(to_rgb(image), self.size))).permute(2, 0, 1)
+        except MemoryError:
+            raise
+        except Exception as error:  # decoders raise all kinds on bad bytes
+            tqdm.write(f"skipped, unreadable: {self.spec}/{self.names[i]} ({error})", file=sys.stderr)
+            return None
+
+    def readable(self, i):
+        """(j, image j) of the first readable image from i on. Raises InputError where there is none."""
+        for j in itertools.chain(range(i, len(self)), range(i)):
+            if (image := self.read(j)) is not None:
+                return j, image
+        raise InputError(f"{self.flag}: no image can be read")
+
+    def batches(self, indices, batch, workers, title, **bar):
+        """Under a bar: indices (n,), images (n, 3, size, size) uint8, (n,) bool: which of them could be read."""
+        loader = DataLoader(Subset(self, indices), batch, num_workers=workers if len(indices) > 512 else 0)
+        with progress(desc=title, total=len(indices), unit="img", **bar) as bar:
+            for where, pixels, good in loader:
+                yield where, pixels, good
+                bar.update(len(where))
+
+    def check_unreadable(self, count):
+        """Raise InputError where more than 1% of the images are unreadable."""
+        if count > MAX_UNREADABLE * len(self):
+            raise InputError(f"{self.flag}: {count} of {len(self)} images are unreadable, more than 1%")
+
+    def __getitem__(self, i):
+        """(i, image (3, size, size) uint8, True), or (i, zeros, False) where it is unreadable."""
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        image = self.read(i)
+        blank = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
+        return (i, blank, False) if image is None else (i, image, True)
+
+
+def short_name(spec):
+    """A word for a data set, for file names."""
+    return Path(spec.replace(":", "-")).resolve().stem
+
+
+def spread(indices, count):
+    """At most `count` of some indices, evenly spread -> (n,) long, numpy."""
+    indices = np.asarray(indices)
+    return indices[np.unique(np.linspace(0, len(indices) - 1, min(count, len(indices))).round().astype(int))]
+
+
+def mirrored(pixels, flip):
+    """Pixels (n, 3, S, S) uint8 -> images in [-1, 1], mirrored where flip (n,)."""
+    x = pixels / 127.5 - 1
+    return torch.where(flip.to(x.device, non_blocking=True).view(-1, 1, 1, 1), x.flip(-1), x)
+
+
+# ---- shared by all programs: what is computed once per image ----------------------------------------------
+
+DISK_SHARE = 0.8  # of the free disk, for a folder of records
+KINDS = {"pixels": "decoded images", "moments": "latents of train_vae.py --encode", "tokens": "encoder tokens"}
+
+
+class Records:
+    """What is computed once per image of a data set: a folder of plain files, memory-mapped, that np.load reads alone.
+
+    header.json  kind, complete, size (of the images), images (`Images.identity`), data, and what made the values: of
+                 moments autoencoder (hash of its weights), preset, factor, vae (where it was), scale; of tokens encoder
+    values.npy   pixels (N, 3, S, S) uint8; moments (mean, log variance) of each image and its mirror image
+                 (N, 2, 2C, h, w) float16, or tokens (N, 2, T, D) float16. Record i is image i
+    done.npy     (N,) uint8: 0 to be made, 1 made, 2 unreadable
+    labels.npy   (N,) int64, -1 without classes; names.json: a list
+    """
+
+    def __init__(self, folder, kind, flag="--latents", mode="r"):
+        self.folder, header, self.flag = Path(folder), Path(folder) / "header.json", f"{flag} {folder}"
+        if self.folder.is_file():
+            encode = "python train_vae.py --encode DATA --ckpt RUN --out FOLDER"
+            anew = f"{encode if kind == 'moments' else 'the same command'} makes a folder anew, of another name"
+            raise InputError(f"{self.flag}: a file of an earlier version; {anew}")
+        if not header.is_file():
+            raise InputError(f"{self.flag}: no folder of {KINDS[kind]}")
+        try:
+            self.header = json.loads(header.read_text())
+            arrays = (np.load(self.folder / f"{name}.npy", mmap_mode=mode) for name in ("values", "done", "labels"))
+            self.values, self.done, self.labels = arrays
+        except (ValueError, OSError) as error:
+            raise InputError(f"{self.flag}: damaged ({error}); remove it and make it anew") from error
+        if self.header.get("kind") != kind:
+            raise InputError(f"{self.flag}: no {KINDS[kind]} but {KINDS.get(self.header.get('kind'))}")
+        if mode == "r" and not self.header["complete"]:
+            raise InputError(f"{self.flag}: unfinished; the command that began it completes it")
+
+    @classmethod
+    def make(cls, folder, images, header, shape, encode, processes, workers, batch, flag, finish=lambda records: {}):
+        """Fill a folder, or go on where that was interrupted, by the processes of the first machine -> the records.
+
+        header: kind and what makes the values; encode(pixels (n, 3, S, S) uint8) -> values (n, *shape), numpy;
+        finish(records) -> more of the header. Raises InputError where the folder holds something else.
+        """
+        folder, kind = Path(folder), header["kind"]
+        header = {"size": images.size, "images": images.identity()} | header
+        if processes.main and not (folder / "header.json").exists():
+            cls._create(folder, images, header | {"data": images.spec, "complete": False}, shape, flag, processes)
+        processes.barrier()
+        records = cls(folder, kind, flag, "r+")
+        if any(records.header.get(key) != value for key, value in header.items() if key != "vae"):
+            raise InputError(f"{records.flag}: holds other {KINDS[kind]}; name another folder, or remove it")
+        if not records.header["complete"]:
+            records._fill(images, encode, processes, workers, batch)
+            processes.barrier()
+            if processes.main:
+                records._complete(images, finish)
+            processes.barrier()
+        elif kind != "pixels":
+            processes.print(f"{folder}: complete, {len(images)} images")
+        return cls(folder, kind, flag)
+
+    @staticmethod
+    def _create(folder, images, header, shape, flag, processes):
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+            raise InputError(f"{flag} {folder}: is a file or holds other files; name another folder")
+        dtype = np.uint8 if header["kind"] == "pixels" else np.float16
+        shape = (len(images), *shape)
+        need, free = math.prod(shape) * np.dtype(dtype).itemsize / 2**20, free_disk(folder) / 2**20
+        processes.print(f"{header['kind']:8} {' x '.join(map(str, shape))}: {need:,.1f} MiB into {folder}")
+        if need > DISK_SHARE * free:
+            raise InputError(f"{flag} {folder}: needs {need:,.1f} MiB, its disk has {free:,.1f} free")
+        new = folder.with_name(f"{folder.name}.{os.getpid()}")  # another command may begin the same folder
+        new.mkdir(parents=True)
+        open_memmap(new / "values.npy", "w+", dtype, shape).flush()
+        if hasattr(os, "posix_fallocate"):  # a disk that fills up later would kill the process
+            with (new / "values.npy").open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
+        np.save(new / "done.npy", np.zeros(len(images), np.uint8))
+        np.save(new / "labels.npy", np.array(images.labels or [-1] * len(images), np.int64))
+        write_json(new / "names.json", list(images.names))
+        write_json(new / "header.json", header)
+        try:
+            new.rename(folder)
+        except OSError:
+            shutil.rmtree(new)
+
+    def _fill(self, images, encode, processes, workers, batch):
+        mine = np.arange(processes.local_rank, len(images), processes.local_world)
+        mine = mine[self.done[mine] == 0].tolist() if processes.machine == 0 else []
+        title = "decode" if self.header["kind"] == "pixels" else "encode"
+        every = processes.local_world if processes.local_world > 1 else False  # the bar counts those of all processes
+        bar = {"disable": not processes.main, "unit_scale": every}
+        for where, pixels, good in images.batches(mine, batch, processes.workers(workers), title, **bar):
+            where, good = where.numpy(), good.numpy()
+            if good.any():
+                self.values[where[good]] = encode(pixels[good])
+                self.values.flush()  # before they are called made
+            self.done[where] = np.where(good, 1, 2)
+
+    def _complete(self, images, finish):
+        unreadable = self.done == 2
+        try:
+            images.check_unreadable(unreadable.sum())
+        except InputError:
+            self.done[unreadable] = 0  # the same command tries them again
+            raise
+        self.done.flush()
+        with contextlib.suppress(FileNotFoundError):  # another command completed it at the same moment
+            write_json(self.folder / "header.json", self.header | finish(self) | {"complete": True})
+
+    @staticmethod
+    def is_complete(folder):
+        header = Path(folder) / "header.json"
+        return header.exists() and json.loads(header.read_text()).get("complete", False)
+
+    def check_images(self, identity, size):
+        """Raise InputError where these are records of other images."""
+        made_of = self.header["images"] | {"size": self.header["size"]}
+        for name, value in (identity | {"size": size}).items():
+            if made_of[name] != value:
+                raise InputError(f"{self.flag}: made of other images: {name} {made_of[name]}, now {value}")
+
+    @property
+    def indices(self):
+        """Of the images that could be read."""
+        return np.flatnonzero(self.done == 1)
+
+    def __str__(self):
+        return f"{self.header['kind']} of {len(self.indices)} images of {self.header['size']} px, in {self.folder}"
+
+    def read(self, where, flip=None):
+        """The values of images `where` (n,), numpy, or of their mirror images where flip (n,) -> (n, ...)"""
+        return torch.from_numpy(self.values[where] if flip is None else self.values[where, flip.astype(int)])
+
+
+def free_disk(folder):
+    """Bytes, where `folder` is or will be."""
+    return shutil.disk_usage(next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())).free
+
+
+class Pixels:
+    """The images of a run as uint8: decoded once, into `Records` that all runs share, or at every use where the disk is
+    too small for them. Attributes: indices of the readable images, labels (N,) or None, str(): which of the two.
+    """
+
+    def __init__(self, images, cache, processes, workers):
+        self.images, self.workers, self.records, self.unreadable = images, processes.workers(workers), None, set()
+        folder, shape = Path(cache or ".") / images.cache_name(), (3, images.size, images.size)
+        fits = (folder / "header.json").exists() or len(images) * math.prod(shape) <= DISK_SHARE * free_disk(folder)
+        if processes.all(fits and cache is not None):
+            header, encode = {"kind": "pixels"}, torch.Tensor.numpy
+            self.records = Records.make(folder, images, header, shape, encode, processes, workers, 256, "--cache")
+        self.indices = self.records.indices if self.records else np.arange(len(images))
+        self.labels = None if images.labels is None else np.array(images.labels)
+
+    def __str__(self):
+        text, skipped = f"{len(self.images)} images of {self.images.size} px", len(self.images) - len(self.indices)
+        text += f", in {self.records.folder}" if self.records else f", decoded on the fly by {self.workers} workers"
+        return text + f", {skipped} unreadable skipped" * bool(skipped)
+
+    def read(self, where):
+        """Images with these indices (n,), numpy -> (n, 3, S, S) uint8"""
+        if self.records:
+            return self.records.read(where)
+        return torch.stack([self.images.readable(i)[1] for i in where.tolist()])
+
+    def stream(self, wanted):
+        """Of each (n,) indices: them, (n, 3, S, S) uint8. On the fly, others take the place of unreadable images."""
+        if self.records:
+            yield from ((where, self.records.read(where)) for where in wanted)
+            return
+        for where, pixels, good in DataLoader(self.images, batch_sampler=wanted, num_workers=self.workers):
+            for k in (~good).nonzero().flatten().tolist():
+                self.unreadable.add(where[k].item())
+                self.images.check_unreadable(len(self.unreadable))
+                where[k], pixels[k] = self.images.readable(where[k].item())
+            yield where.numpy(), pixels
+
+
+# ---- shared by all programs: processes, devices, randomness -----------------------------------------------
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)  # rank 0 evaluates alone, decoding is uneven
+
+
+class Processes:
+    """This process among those of torchrun (NCCL on GPUs, Gloo on CPU), or alone."""
+
+    def __init__(self, device_name):
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+        values = (int(os.environ.get(name, int(name.endswith("SIZE")))) for name in names)
+        self.rank, self.world, self.local_rank, self.local_world, self.machine = values
+        self.device, self.main = choose_device(device_name), self.rank == 0
+        self.device_ids = [self.device.index] if self.device.type == "cuda" else None
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device_ids else "gloo", timeout=COLLECTIVE_TIMEOUT)
+            atexit.register(dist.destroy_process_group)
+
+    def sum(self, tensor):
+        """In-place sum over processes."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def local_first(self, make):
+        """make() on local rank 0, then on the others: what it downloads is fetched once a machine."""
+        if self.local_rank > 0:
+            self.barrier()
+        result = make()
+        if self.local_rank == 0:
+            self.barrier()
+        return result
+
+    def mean(self, tensor):
+        return self.sum(tensor) / self.world
+
+    def all(self, value):
+        """Whether a value is true in all processes."""
+        return self.sum(torch.tensor(float(bool(value)), device=self.device)) == self.world
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier(device_ids=self.device_ids)
+
+    def wrap(self, network):
+        return DistributedDataParallel(network, device_ids=self.device_ids) if self.world > 1 else network
+
+    def no_sync(self, wrapped, last):
+        """The context of one part of a batch: gradients are averaged over processes with the last."""
+        return contextlib.nullcontext() if last or self.world == 1 else wrapped.no_sync()
+
+    def scratch(self):
+        """A folder of all processes that goes when they end."""
+        name = [tempfile.mkdtemp() if self.main else None]
+        if self.world > 1:
+            dist.broadcast_object_list(name)
+        if self.local_rank == 0:
+            atexit.register(shutil.rmtree, name[0], ignore_errors=True)
+        return Path(name[0])
+
+    def workers(self, count):
+        """How many processes decode images for this one, where --workers does not say."""
+        return min(8, (os.cpu_count() or 1) // self.local_world) if count is None else count
+
+    def print(self, text):
+        if self.main:
+            tqdm.write(text)
+
+
+def choose_device(name):
+    """`--device auto|cpu|cuda` -> torch.device, of LOCAL_RANK under torchrun."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise InputError("--device cuda: this torch sees no GPU; --device cpu works everywhere")
+    index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if index >= count:
+        raise InputError(f"--nproc_per_node: process {index} has no GPU, this machine has {count}; --device cpu works")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def autocast(amp, device):
+    """`--amp` -> (a function that makes the context in which networks run, dtype or None). auto: bf16 where the
+    hardware multiplies it (CUDA from 8.0 on, CPUs with AVX512-BF16 or AMX), else fp16 on CUDA and float32 on a CPU.
+    """
+    if amp == "auto" and device.type == "cuda":
+        amp = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    elif amp == "auto":
+        amp = "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "off"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+    return partial(torch.autocast, device.type, dtype, enabled=dtype is not None), dtype
+
+
+def seeds(*numbers, count=1):
+    """`count` seeds that follow from several non-negative integers; the first few do not depend on the count."""
+    state = np.random.SeedSequence([len(numbers), *numbers]).generate_state(count, np.uint64)
+    return [int(word) >> 1 for word in state]
+
+
+# The last of a step's numbers says what is drawn, so that no two draws share theirs; ORDER goes by epochs.
+ORDER, TIMES, FLIPS, VIEWS, NOISE, POSTERIOR = 0, 1, 2, 3, 6, 7
+
+
+def generator(*numbers, device="cpu"):
+    """A torch generator seeded by several non-negative integers."""
+    return torch.Generator(device).manual_seed(seeds(*numbers)[0])
+
+
+def image_noise(seed, step, stream, share, shape, device):
+    """Standard normal noise (n, *shape) of the images at `share`, a slice, of a step's global batch. Each image's
+    follows from (seed, step, stream) and its place alone, so that a process draws no other's.
+    """
+    g, noise = torch.Generator(device), torch.empty(share.stop - share.start, *shape, device=device)
+    for row, number in zip(noise, seeds(seed, step, stream, count=share.stop)[share]):
+        row.normal_(generator=g.manual_seed(number))
+    return noise
+
+
+class DataOrder:
+    """Which images a step sees: epochs, each a permutation drawn from (seed, epoch), cut into batches end to end."""
+
+    def __init__(self, count, batch, seed):
+        self.count, self.batch = count, batch
+        self.epoch_order = lru_cache(2)(lambda epoch: torch.randperm(count, generator=generator(seed, epoch, ORDER)))
+
+    def __call__(self, step):
+        """-> (batch,) long, 0..count-1"""
+        positions = torch.arange(step * self.batch, (step + 1) * self.batch)
+        epochs, places = positions // self.count, positions % self.count
+        return torch.cat([self.epoch_order(epoch)[places[epochs == epoch]] for epoch in epochs.unique().tolist()])
+
+
+def prefetch(batches):
+    """The items of an iterator, each made by a background thread while the one before it is used."""
+    batches = iter(batches)
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = thread.submit(next, batches, None)
+            yield batch
+
+
+# ---- shared by all programs: files ------------------------------------------------------------------------
+
+
+def write_atomically(file, write, sync=True):
+    """write(binary file) beside `file`, then rename: the old one stays till then, with `sync` in a power cut too."""
+    with open(f"{file}.tmp", "wb") as handle:
+        write(handle)
+        handle.flush()
+        if sync:
+            os.fsync(handle.fileno())
+    os.replace(handle.name, file)
+
+
+def write_json(file, content):
+    write_atomically(file, lambda handle: handle.write(json.dumps(content, indent=1).encode()))
+
+
+def quoted(path):
+    """A path as a shell takes it."""
+    return shlex.quote(str(path))
+
+
+def to_uint8(images):
+    """[-1, 1] -> 0..255 uint8, rounded."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def save_grid(images, file, columns):
+    """Write images (N, 3, S, S) in [-1, 1] as one PNG."""
+    from torchvision.utils import save_image
+
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_image(images.float().cpu(), file, nrow=columns, padding=2, normalize=True, value_range=(-1, 1))
+    return file
+
+
+def read_checkpoint(path, kind="diffusion"):
+    """The dict in a run folder's checkpoint.pt, or in a file, of a diffusion model or an "autoencoder" (which may be
+    published weights). Raises InputError; runs no code.
+    """
+    path, programs = Path(path), ["train_diffusion.py", "train_vae.py"]
+    program, other = programs if kind == "diffusion" else reversed(programs)
+    file = path / "checkpoint.pt" if path.is_dir() else path
+    if not path.exists():
+        raise InputError(f"{path}: no such run folder or checkpoint")
+    if not file.exists():
+        begun = " (one is being written, or its writing was cut off)" if Path(f"{file}.tmp").exists() else ""
+        raise InputError(f"{path}: no checkpoint.pt in it yet{begun}; training writes one at --save-every, and at last")
+    checkpoint = load_plain(file)
+    missing = {"config", "model", "ema", "step"} - checkpoint.keys()
+    if missing and kind == "autoencoder":
+        try:
+            shape, state = read_published(checkpoint)
+        except ValueError as error:
+            raise InputError(f"{file}: {error}") from error
+        return {"config": shape, "model": state, "ema": None, "step": 0}
+    if missing:
+        published = "published weights of a DiT, SiT or U-ViT take sample.py --ckpt FILE --model NAME --vae FILE"
+        raise InputError(f"{file}: no checkpoint of {program}, it lacks {', '.join(sorted(missing))}; {published}")
+    if ("widths" in checkpoint["config"]) != (kind == "autoencoder"):
+        raise InputError(f"{file}: a checkpoint of {other}; give one of {program}")
+    return checkpoint
+
+
+def load_plain(file):
+    """The dict of tensors and plain values in a file of torch.save. Raises InputError; runs no code."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # in training checkpoints of DiT, SiT and REPA
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(f"{file}: no such file") from error
+    except pickle.UnpicklingError as error:
+        content = "it holds more than tensors and plain values, or is no checkpoint"
+        raise InputError(f"{file}: refused, {content}") from error
+    except Exception as error:  # torch.load raises all kinds on bytes that are no checkpoint
+        text = f"{type(error).__name__} {str(error)[:120]}"
+        raise InputError(f"{file}: cannot be read as a checkpoint ({text})") from error
+    return checkpoint if isinstance(checkpoint, dict) else {}
+
+
+def run_folder(path):
+    """The folder of a run given by itself or by its checkpoint file."""
+    return Path(path) if Path(path).is_dir() else Path(path).parent
+
+
+def strip_prefixes(state):
+    """Keys without what DDP and torch.compile put before them, in any order."""
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", str(key)): value for key, value in state.items()}
+
+
+def load_weights(network, state, source, assign=False):
+    """Strict load, prefixes stripped. Raises InputError on another architecture."""
+    try:
+        network.load_state_dict(strip_prefixes(state), assign=assign)
+    except RuntimeError as error:
+        lines = "; ".join(line.strip() for line in str(error).splitlines()[1:3])[:300]
+        name = type(network).__name__
+        raise InputError(f"{source}: weights of another architecture than this {name}: {lines}") from error
+
+
+def load_autoencoder(path, device):
+    """-> the frozen VAE of a run of train_vae.py or of published weights, and its checkpoint without the weights, with
+    "weights", their hash. The average of the weights is taken where there is one. Raises InputError.
+    """
+    checkpoint = read_checkpoint(path, "autoencoder")
+    state, config = checkpoint["ema"] or checkpoint["model"], checkpoint["config"]
+    with torch.device("meta"):
+        vae = VAE(config["widths"], config["latent_channels"], config["num_res_blocks"]).requires_grad_(False)
+    load_weights(vae, state, path, assign=True)
+    info = {key: checkpoint.get(key) for key in ("config", "step", "args", "latent", "val")}
+    return vae.to(device, torch.float32).eval(), info | {"weights": fingerprint(state)}
+
+
+def fingerprint(state):
+    """Hash of a state dict's values: two models that draw different images differ in it."""
+    digest = hashlib.sha256()
+    for value in state.values():
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def open_encoder(spec, size, processes, resolution=PATCH_ENCODER_SIZE):
+    """`--encoder`, fetched by local rank 0 alone -> it, and its tokens (1, T, D) of a blank image. Raises InputError
+    where it cannot be had, or takes no images of `size`, or gives no square grid of tokens.
+    """
+    try:
+        encoder = processes.local_first(partial(load_encoder, spec, processes.device, resolution))
+    except ValueError as error:
+        raise InputError(f"--{error}") from error
+    try:
+        tokens = encoder(torch.zeros(1, 3, size, size, device=processes.device))[0]
+        as_map(tokens)
+    except Exception as error:  # whatever the encoder's own code raises
+        raise InputError(f"--encoder {spec} on images of {size} px: {error}") from error
+    return encoder, tokens
+
+
+@torch.no_grad()
+def open_features(spec, weights, size, device):
+    """`--features`: a function, images (N, 3, size, size) uint8 -> features (N, D). Raises InputError."""
+    try:
+        encoder = load_encoder(spec, device, antialias=True, weights=weights)
+        encoder(torch.zeros(1, 3, size, size, device=device))
+    except ValueError as error:
+        raise InputError(f"--features {spec}: {error}" + "; or use inception" * (spec != "inception")) from error
+    return lambda images: encoder(images / 127.5 - 1)[1]
+
+
+def crop_text(size):
+    return f"centre, box halving, bicubic to {size}"
+
+
+def record_score(folder, result):
+    """Print a score with its protocol, and add it to scores.jsonl in a folder."""
+    for key, entry in result.items():
+        print(f"  {key:18} {entry}")
+    count = min(result["images"], result["reference_images"])
+    if count < 10_000:
+        print(f"  note: {count} images; below 10,000 the distance is biased upwards: compare equal counts only")
+    with (Path(folder) / "scores.jsonl").open("a") as log:
+        log.write(json.dumps(result) + "\n")
+
+
+# ---- shared by both trainers: a run -----------------------------------------------------------------------
+
+BAD_STEPS = 10  # non-finite ones in a row that stop a run
+WARM_UP = 2  # steps that a benchmark does not count
+# Flags that may change when a run goes on; what data it is, is compared by what it holds.
+FREE = (
+    "steps grad_accum device workers compile log_every eval_every save_every snapshot_every fresh benchmark out data "
+)
+FREE += (
+    "val cache features features_weights lpips_vgg lpips_heads eval_images eval_only spectrum encode ckpt latents vae "
+)
+FREE = set((FREE + "cache_targets rmsc defaults").split())
+
+
+class progress(tqdm):
+    """A bar that goes when its work is done; where there is no terminal, a line every half minute."""
+
+    def __init__(self, *args, **options):
+        self.terminal = sys.stderr.isatty()
+        line = "{desc} {n_fmt}/{total_fmt} {unit}  {rate_fmt}  {remaining} left"
+        options |= {} if self.terminal else {"mininterval": 30, "bar_format": line}
+        super().__init__(*args, dynamic_ncols=True, leave=False, delay=0.5, **options)
+
+    def display(self, msg=None, pos=None):
+        if self.terminal:
+            return super().display(msg, pos)
+        if msg is None and self.n:
+            self.fp.write(f"{self}\n")
+
+
+def duration(seconds):
+    """1m52s"""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+
+
+def learning_rate(step, lr, warmup, steps, decay, taken=None):
+    """Linear warm-up over steps an optimizer has `taken` (None: all), then constant, or linearly to 0 at `steps`."""
+    rate = lr * min(1, ((step if taken is None else taken) + 1) / max(warmup, 1))
+    return rate * (1 - step / steps) if decay == "linear" else rate
+
+
+@torch.no_grad()
+def update_ema(averaged, network, step, decay):
+    """Exponential moving average of all parameters, with warm-up: decay_n = min(decay, (1 + n) / (10 + n))."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(averaged.parameters()), list(network.parameters()), 1 - decay)
+
+
+def count_flops(loss):
+    """FLOPs of loss() and its backward pass, counted by torch."""
+    from torch.utils.flop_counter import FlopCounterMode  # takes long to import
+
+    with FlopCounterMode(display=False) as counter:
+        loss().backward()
+    return counter.get_total_flops()
+
+
+def matmul_rate(device, dtype):
+    """This machine's own FLOP/s in one square matrix product, the best of five."""
+    from torch.utils.benchmark import Timer
+
+    n = 8192 if device.type == "cuda" else 1536
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
+    return 2 * n**3 / min(timer.timeit(1).mean for _ in range(5))
+
+
+class Log:
+    """metrics.jsonl, the bar or lines, and timers. Sums stay on the device, so that steps never wait between lines."""
+
+    def __init__(self, run, count, flops, dtype):
+        self.run, self.processes, self.device, self.count = run, run.processes, run.processes.device, count
+        self.file, self.best, self.flops = run.folder / "metrics.jsonl", math.inf, flops
+        self.peak = matmul_rate(self.device, dtype) * self.processes.world if flops else 1  # FLOP/s
+        self.bad_runs, self.worst_run = {}, torch.zeros((), device=self.device)
+        if self.processes.main and self.file.exists():  # lines after the step resumed from will be made again
+            lines = self.file.read_text().split("\n")[:-1]  # a killed process may leave half a line
+            kept = [line for line in lines if json.loads(line)["step"] <= run.step]
+            write_atomically(self.file, lambda f: f.write("".join(f"{line}\n" for line in kept).encode()))
+            self.best = min([json.loads(line).get("val_loss", math.inf) for line in kept], default=math.inf)
+        hidden = not (self.processes.main and sys.stderr.isatty())
+        self.bar = tqdm(None, "train", run.steps, unit="step", initial=run.step, dynamic_ncols=True, disable=hidden)
+        self._begin(run.step)
+
+    def _begin(self, step):
+        self.sums, self.tried = {}, 0
+        self.restart_clock(step)
+
+    def restart_clock(self, step):
+        self.started, self.first_step, self.seconds = time.perf_counter(), step, {}
+
+    @contextlib.contextmanager
+    def timer(self, name):
+        """Count the seconds of a block; in a benchmark those of the device as well."""
+        start = time.perf_counter()
+        yield
+        if self.run.benchmark and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[name] = self.seconds.get(name, 0) + time.perf_counter() - start
+
+    def add(self, name, values, where=None, bins=1):
+        """Count values, (n,) or a scalar, in the mean called `name`, or in `bins` means, where (n,) saying which."""
+        values = values.detach().float().view(-1)
+        where, finite = torch.zeros_like(values).long() if where is None else where, values.isfinite()
+        sums = self.sums.setdefault(name, torch.zeros(2, bins, device=self.device))
+        sums.index_add_(1, where, torch.stack((values.where(finite, 0), finite.float())))
+
+    def add_step(self, norm, optimizer):
+        """Count a step of an optimizer by its gradient norm; one that is not finite was skipped."""
+        self.tried += 1
+        self.add("grad_norm", norm)
+        self.bad_runs[optimizer] = torch.where(norm.isfinite(), 0, self.bad_runs.get(optimizer, 0) + 1)
+        self.worst_run = torch.maximum(self.worst_run, self.bad_runs[optimizer])
+
+    def end_step(self, step, lr, due):
+        """Write a line where one is due. Raises InputError after ten non-finite steps in a row."""
+        self.bar.update()
+        if self.run.benchmark and step == WARM_UP:
+            self._begin(step)
+        if not due:
+            return
+        taken, worst, batch, steps = int(self.sums["grad_norm"][1]), int(self.worst_run), self.run.batch, self.run.steps
+        elapsed, line = time.perf_counter() - self.started, {"step": step, "images": step * batch, "lr": lr}
+        for name, sums in self.sums.items():
+            means = [total / count if count else None for total, count in zip(*self.processes.sum(sums).tolist())]
+            line[name] = means if len(means) > 1 else means[0]
+        rate = (step - self.first_step) * batch / elapsed
+        line |= {"epoch": step * batch / self.count, "skipped_steps": self.tried - taken}
+        line |= {"images_per_s": round(rate, 1), "data_wait": round(self.seconds.get("data", 0) / elapsed, 4)}
+        if self.flops:
+            line["share_of_peak"] = round(rate * self.flops / self.peak, 4)
+        self.write(**line)
+        loss = "-" if line.get("loss") is None else f"{line['loss']:.4f}"
+        self.bar.set_postfix_str(f"loss {loss}, {rate:.0f} img/s", refresh=False)
+        if self.bar.disable:
+            left = duration((steps - step) * batch / rate)
+            self.processes.print(f"step {step}/{steps}  loss {loss}  {rate:.0f} img/s  {left} left")
+        if worst >= BAD_STEPS:
+            self.bar.close()
+            skipped = f"{worst} steps in a row up to {step} were not finite and were skipped"
+            last = f"{self.run.folder}/checkpoint.pt is the last good one"
+            raise InputError(f"{skipped}; {last}. Lower --lr {self.run.args.lr:g}, or --amp off")
+        self._begin(step)
+
+    def write(self, **entry):
+        if self.processes.main:
+            with self.file.open("a") as handle:
+                handle.write(json.dumps(entry) + "\n")
+
+    def benchmark(self, steps):
+        """Print what the timers say of so many steps."""
+        total, world, write = sum(self.seconds.values()) / steps, self.processes.world, self.processes.print
+        parts = " + ".join(f"{seconds / steps * 1e3:.1f} {name}" for name, seconds in self.seconds.items())
+        n, peak = self.run.batch // world, self.peak / world / 1e9  # images and GFLOP/s of a process
+        rate = self.flops * n / total / 1e9
+        if self.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self.device)
+        else:
+            import resource  # Windows has none
+
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        write(f"step         {total * 1e3:8.1f} ms = {parts}, mean of {steps}")
+        write(f"training     {n * world / total:8.1f} images/s, batch {n} x {world}")
+        write(f"arithmetic   {rate:8.1f} GFLOP/s a process, {rate / peak:.0%} of its {peak:.0f} in one matrix product")
+        write(f"peak memory  {memory / 2**20:8.0f} MiB")
+
+
+def binding(flags):
+    """The flags that a run must go on with. Where an encoder lies may change, not which one it is."""
+    names = {name: value for name, value in flags.items() if name not in FREE}
+    return names | {"encoder": (flags.get("encoder") or "").rpartition(":")[2]}
+
+
+class Run:
+    """A run of a trainer: its folder, its optimizers, and what follows each step. The same command resumes.
+
+    Attributes: folder, checkpoint (resumed from, or {}), step (where this command begins), steps, batch, share (this
+    process's slice of a batch), micro (images at a time). `args` are those of `add_training_flags`.
+    """
+
+    def __init__(self, args, kind, processes):
+        self.args, self.processes, self.batch, self.benchmark = args, processes, args.batch, args.benchmark
+        if args.batch % (processes.world * args.grad_accum):
+            divisor = f"{processes.world} processes x --grad-accum {args.grad_accum}"
+            raise InputError(f"--batch {args.batch}: must be a multiple of {divisor}")
+        local = args.batch // processes.world
+        self.share, self.micro = slice(processes.rank * local, (processes.rank + 1) * local), local // args.grad_accum
+        self.steps, self.folder, self.cache = args.steps, Path(args.out), args.cache
+        if args.benchmark:
+            self.steps, self.folder = args.benchmark + WARM_UP, processes.scratch()
+            self.cache = self.folder
+        self.checkpoint = self._open(kind)
+        self.step = self.checkpoint.get("step", 0)
+        self.counts_flops = bool(args.benchmark) or processes.device.type == "cuda"
+        processes.barrier()  # all have looked before any writes
+
+    def _open(self, kind):
+        """The checkpoint to resume from, or {}. Raises InputError where RUN is another's or made with other flags."""
+        run, args = self.folder, self.args
+        if run.exists() and not run.is_dir():
+            raise InputError(f"--out {run}: is a file; name a folder")
+        files = [file.name for file in run.iterdir()] if run.exists() else []
+        if "checkpoint.pt" in files:
+            if args.fresh:
+                raise InputError(f"--fresh: {run} holds a run; --fresh starts in an empty folder, name another --out")
+            checkpoint, now = read_checkpoint(run, kind), binding(vars(args))
+            before = binding(args.defaults | (checkpoint.get("args") or {}))
+            changed = [name for name in now if before.get(name) != now[name]]
+            if changed:
+                text = "; ".join(f"--{n.replace('_', '-')} {before.get(n)} there, {now[n]} now" for n in changed)
+                raise InputError(f"{run} was made with other arguments: {text}. Give the same, or another --out")
+            return checkpoint
+        tokens = Path(getattr(args, "cache_targets", None) or "samples").name
+        ours = ("metrics.jsonl", "samples", "checkpoint", "autoencoder.pt", "best.pt", tokens)
+        others = [name for name in files if not name.startswith(ours)]
+        if others or (args.fresh and files):
+            content = ", ".join(others[:3]) or "a started run"
+            raise InputError(f"--out {run} holds {content} and no checkpoint; name an empty folder")
+        return {}
+
+    def open_images(self, spec, size, few):
+        """The images of --data, or a few of them."""
+        images = self.processes.local_first(lambda: Images(spec, size))
+        self.check_data(images.identity(), f"--data {spec}")
+        if few:
+            images.thin(2**24 // size**2)
+            start, count = time.perf_counter(), min(64, len(images))
+            for i in range(count):
+                images.read(i)
+            text = f"{(time.perf_counter() - start) / count * 1e3:8.2f} ms/image, file to pixels, one process"
+            self.processes.print(f"decode       {text}")
+        return images
+
+    def check_data(self, identity, flag):
+        """Raise InputError where the data is not what the run began with."""
+        self.data, began = identity, self.checkpoint.get("data", {})
+        for name, value in identity.items():
+            if began.get(name, value) != value:
+                changed = f"then its {name} {began[name]}, now {value}. Restore it, or name another --out"
+                raise InputError(f"{flag} has changed since {self.folder} was begun: {changed}")
+
+    def optimizer(self, network):
+        # fused: one kernel, and a GradScaler's skip of a non-finite step without waiting for the device
+        args, trained = self.args, [p for p in network.parameters() if p.requires_grad]
+        return torch.optim.AdamW(trained, args.lr, tuple(args.betas), weight_decay=args.weight_decay, fused=True)
+
+    def start(self, parts, facts, evaluate, indices, flops, dtype):
+        """Resume, make the folder, and begin the log.
+
+        parts: {name: module, optimizer, or None}, saved by their state dicts; facts() -> plain values beside them;
+        evaluate(step) -> (figures for metrics.jsonl, text, val_loss or None), on process 0 alone; indices of the
+        images; flops of one, or 0 where they are not wanted; dtype of the networks' products.
+        """
+        # Without fp16 the scale stays 1 and only the skipping of non-finite steps is used.
+        self.half = dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(self.processes.device.type, init_scale=2.0**16 if self.half else 1.0)
+        self.parts, self.facts, self.evaluate, self.indices = parts | {"scaler": self.scaler}, facts, evaluate, indices
+        for name, part in self.parts.items() if self.checkpoint else ():
+            if isinstance(part, nn.Module):
+                load_weights(part, self.checkpoint[name], self.folder)
+            elif part is not None:
+                part.load_state_dict(self.checkpoint[name])
+        if self.processes.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        write, processes = self.processes.print, f"{self.processes.world} x {self.processes.device.type}"
+        epochs = self.steps * self.batch / len(indices)
+        write(f"training {self.steps} steps of {self.batch} = {epochs:.1f} epochs, on {processes}")
+        write(f"         into {self.folder}" + (f", resumed at step {self.step}" if self.checkpoint else ""))
+        self.log = Log(self, len(indices), flops, dtype)
+        return self.log
+
+    def batches(self, pixels=None, moments=None, tokens=None, stop=None):
+        """From the next step up to `stop`: step, where (n,) and flip (n,) on the CPU, and of this process's images what
+        is asked for, on the device: pixels (n, 3, S, S) uint8, moments and tokens, of mirror images where flip. A
+        thread prepares them one step ahead.
+        """
+        args, device, first, stop = self.args, self.processes.device, self.step, min(stop or self.steps, self.steps)
+        order = DataOrder(len(self.indices), self.batch, args.seed)
+
+        def put(values):
+            values = values.pin_memory() if device.type == "cuda" else values
+            return values.to(device, non_blocking=True)
+
+        def load():
+            wanted = (self.indices[order(step)[self.share].numpy()] for step in range(first, stop))
+            stream = pixels.stream(wanted) if pixels else ((where, None) for where in wanted)
+            for step, (where, images) in enumerate(stream, first):
+                flip = torch.rand(self.batch, generator=generator(args.seed, step, FLIPS)) < 0.5
+                flip = (flip & args.flip)[self.share]
+                sources = (records and put(records.read(where, flip.numpy())).float() for records in (moments, tokens))
+                yield step, torch.from_numpy(where), flip, put(images) if pixels else None, *sources
+
+        following = prefetch(load())
+        for _ in range(first, stop):
+            with self.log.timer("data"):
+                batch = next(following)
+            yield batch
+
+    def parts_of(self, count):
+        """The slices of --grad-accum, and whether each is the last."""
+        for start in range(0, count, self.micro):
+            yield slice(start, start + self.micro), start + self.micro >= count
+
+    def backward(self, loss):
+        self.scaler.scale(loss / self.args.grad_accum).backward()
+
+    def take_step(self, optimizer, step, taken=None):
+        """Clip the gradients and step; one whose gradients are not finite is skipped, and counted. -> learning rate"""
+        args = self.args
+        rate = learning_rate(step, args.lr, args.warmup, self.steps, args.lr_decay, taken)
+        (group,) = optimizer.param_groups
+        group["lr"] = rate
+        self.scaler.unscale_(optimizer)
+        self.log.add_step(nn.utils.clip_grad_norm_(group["params"], args.clip or math.inf), optimizer)
+        self.scaler.step(optimizer)
+        self.scaler.update(None if self.half else 1.0)
+        optimizer.zero_grad(set_to_none=True)
+        return rate
+
+    def end_step(self, step, rate):
+        """Log, save and evaluate after step number `step`, where it is due."""
+        args, log, last = self.args, self.log, step == self.steps
+        self.step = step
+        log.end_step(step, rate, not self.benchmark and (last or step % args.log_every == 0))
+        if self.benchmark:
+            return log.benchmark(step - WARM_UP) if last else None
+        saving, evaluating = last or step % args.save_every == 0, last or step % args.eval_every == 0
+        if saving and self.processes.main:
+            self.save("checkpoint.pt")
+        if args.snapshot_every and step % args.snapshot_every == 0 and self.processes.main:
+            self.save(f"checkpoint-{step:07d}.pt")
+        if last:
+            log.bar.close()
+        if evaluating and self.processes.main:
+            figures, text, val_loss = self.evaluate(step)
+            if val_loss is not None:
+                figures, text = figures | {"val_loss": val_loss}, f"val_loss {val_loss:.4f}, {text}"
+            log.write(step=step, **figures)
+            self.processes.print(f"step {step}/{self.steps}  {text}")
+            if val_loss is not None and val_loss < log.best:
+                log.best = val_loss
+                self.save("best.pt")
+        if saving or evaluating:
+            log.restart_clock(step)
+
+    def save(self, name):
+        state = {key: part and part.state_dict() for key, part in self.parts.items()}
+        # the data order and every random draw of the steps to come follow from seed and step
+        state |= {"step": self.step, "images_seen": self.step * self.batch, "data": self.data}
+        state |= {"args": binding(vars(self.args)) | {"data": self.args.data}} | self.facts()
+        write_atomically(self.folder / name, lambda file: torch.save(state, file))
+
+
+# ---- command line -----------------------------------------------------------------------------------------
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Every default in its flag's help."""
+
+    def _get_help_string(self, action):
+        text, default = (
+            action.help.replace(" (default: %(default)s)", ""),
+            action.default,
+        )  # argparse adds True or False
+        if isinstance(action, argparse.BooleanOptionalAction) and default is not None:
+            default = "on" if default else "off"
+        if "default:" in text or default is None or default is False or default == argparse.SUPPRESS:
+            return text
+        return f"{text} (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors of one line, and defaults that follow from other flags, which --help shows."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=Help, add_help=False)
+
+    def error(self, message):
+        raise InputError(message)
+
+    def complete(self, argv, recipe=lambda first: {}):
+        """The arguments; recipe(a first look at them) -> what those are that are not given."""
+        self.set_defaults(**recipe(self.parse_known_args(argv)[0]))
+        self.add_argument("-h", "--help", action="help", help="show this")
+        args = self.parse_args(argv)
+        for name, value in vars(args).items():
+            if "" in (value if isinstance(value, list) else [value]):  # "$UNSET"
+                flag = "RUN_OR_CKPT" if name == "run" else f"--{name.replace('_', '-')}"
+                raise InputError(f"{flag}: its value is empty; give it one, or leave it out")
+        args.defaults = {action.dest: action.default for action in self._actions if action.dest != "help"}
+        return args
+
+
+def at_least(minimum, kind=int):
+    """An argparse type: a number from `minimum` on."""
+
+    def number(text):
+        with contextlib.suppress(ValueError):
+            if (value := kind(text)) >= minimum:
+                return value
+        name = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text} must be {name} of at least {minimum:g}")
+
+    return number
+
+
+def fraction(text):
+    """An argparse type: a number in [0, 1)."""
+    value = at_least(0, float)(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text} must lie in [0, 1)")
+    return value
+
+
+def add_device_flags(add):
+    """The flags of all programs that say where and in which precision they run."""
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where it runs")
+    amp = "precision of the networks; auto: bf16 where the hardware multiplies it, else fp16 on CUDA, off on a CPU"
+    add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help=amp)
+
+
+def add_training_flags(parser):
+    """The flags of both trainers that read the same."""
+    count, number, switch = at_least(1), at_least(0, float), argparse.BooleanOptionalAction
+    add = parser.add_argument_group("optimizer").add_argument
+    add("--steps", type=count, metavar="N", help="optimizer steps")
+    add("--batch", type=count, metavar="GLOBAL", help="images a step, over all processes")
+    add("--grad-accum", type=count, default=1, metavar="N", help="parts that a process's share is cut into")
+    add("--lr", type=number, metavar="X", help="AdamW learning rate")
+    add("--lr-decay", choices=("none", "linear"), help="after warm-up: constant, or linearly to 0 at --steps")
+    add("--warmup", type=at_least(0), metavar="N", help="steps of linear warm-up")
+    add("--betas", type=fraction, nargs=2, metavar=("B1", "B2"), help="AdamW betas")
+    add("--weight-decay", type=number, metavar="X", help="AdamW weight decay")
+    add("--clip", type=number, metavar="X", help="largest gradient norm, 0 for none")
+    add("--ema", type=fraction, metavar="X", help="decay of the average of the weights, 0 for none")
+    add = parser.add_argument_group("run").add_argument
+    add_device_flags(add)
+    add("--compile", action="store_true", help="torch.compile the network")
+    add("--cache", metavar="DIR", default="cache", help="folder of decoded images, which all runs share")
+    add("--flip", action=switch, default=True, help="mirror half of the images")
+    add("--seed", type=at_least(0), default=0, metavar="N", help="of weights, data order and noise")
+    add("--workers", type=at_least(0), metavar="N", help="processes that decode images (default: cores, at most 8)")
+    add("--log-every", type=count, default=50, metavar="N", help="steps a metrics line")
+    add("--eval-every", type=count, default=1000, metavar="N", help="steps between evaluations")
+    add("--save-every", type=count, default=500, metavar="N", help="steps between checkpoints")
+    add("--snapshot-every", type=count, metavar="N", help="keep a numbered checkpoint every N steps (default: none)")
+    add("--fresh", action="store_true", help="never resume: --out must be empty")
+    add("--benchmark", type=at_least(0), default=0, metavar="N", help="time N steps part by part, leave nothing behind")
+
+
+def run_program(main, parse):
+    """main(parse()), a user's mistake as one line and exit code 2."""
+    try:
+        main(parse())
+    except InputError as error:
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(3)  # process 0 has most likely met the same, says so, and torchrun ends the others
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+# ---- flags of this program --------------------------------------------------------------------------------
+
+
+def recipe(first):
+    """Defaults that follow from the flags that were given."""
+    preset = first.preset
+    if first.eval_only and first.ckpt:
+        preset = read_checkpoint(first.ckpt, "autoencoder")["config"].get("preset")
+    values = dict(TINY if preset == "tiny" else PUBLISHED)
+    if first.eval_only or first.spectrum or first.encode:  # they take size and data from the autoencoder
+        values |= {"size": None, "batch": 32}
+        if first.lpips_vgg or first.lpips_heads:
+            values["lpips_weight"] = 1.0  # any weight measures
+        return values
+    size, factor = first.size or values["size"], 2 ** (len(PRESETS[first.preset]["widths"]) - 1)
+    data = first.data or "dead-leaves"
+    out = f"runs/{short_name(data)}-{size}-{first.preset}-{first.regularizer}"
+    return values | {"data": data, "out": out, "esm_blur": blurs(size // factor)}
+
+
+def parse(argv=None):
+    parser = Parser(__doc__)
+    add, weight = parser.add_argument_group("data").add_argument, at_least(0, float)
+    data = "folder, .zip, cifar10, dead-leaves or dead-leaves:full (default: dead-leaves; of an autoencoder, its own)"
+    sums = "kl, esm, dsm, eq, se, vf, none or a sum such as esm+dsm; eq goes with neither dsm nor se"
+    kl = "of kl, a sum over latent dimensions, while the pixels' error is a mean: at 256 px latent diffusion's "
+    add("--data", metavar="SPEC", help=data)
+    held_out = "images held out, of which evaluations, val_loss and best.pt are (default: evaluations are of --data)"
+    add("--val", metavar="SPEC", help=held_out)
+    add("--size", type=at_least(SSIM_WINDOW), metavar="PIXELS", help="images are cropped and resized to this")
+    add("--out", metavar="DIR", help="run folder, or where --encode, --spectrum or --eval-only write")
+    add = parser.add_argument_group("model and loss").add_argument
+    add("--preset", default="tiny", choices=PRESETS, help="f: pixels per latent pixel, d: channels")
+    add("--regularizer", default="esm", metavar="NAME[+NAME]", help=sums)
+    add("--kl-weight", type=weight, default=1e-6, metavar="W", help=kl + "1e-6 is 5e-12 here")
+    add("--esm-weight", type=weight, default=0.01, metavar="W", help="of esm")
+    add("--esm-delta", type=float, default=1.0, metavar="D", help="the target is the image's spectrum times f^D")
+    blur = "blur images before they are resized to the latent, as the authors do unless it is 32 wide"
+    add("--esm-blur", action=argparse.BooleanOptionalAction, help=blur)
+    add("--se-weight", type=weight, default=0.25, metavar="W", help="of se")
+    add("--vf-weight", type=weight, default=0.1, metavar="W", help="of vf, beside its adaptive weight")
     add("--encoder", metavar="SPEC", help="torch.hub encoder of vf, REPO:ENTRY, REPO a local folder or on GitHub")
-    add("--reconstruction", default="l1", choices=("l1", "l2"), help="error of the pixels (default: l1)")
-    add("--lpips-weight", type=float, metavar="W", help=f"of LPIPS, 0 for none {both('lpips_weight')}")
+    add("--reconstruction", default="l1", choices=("l1", "l2"), help="error of the pixels")
+    add("--lpips-weight", type=weight, metavar="W", help="of LPIPS, 0 for none")
     add("--lpips-vgg", metavar="FILE", help="torchvision's VGG-16 weights (default: torch.hub's folder, downloaded)")
     add("--lpips-heads", metavar="FILE", help="the weights of LPIPS's heads (default: torch.hub's folder, downloaded)")
-    add("--gan-weight", type=float, metavar="W",
-        help=f"of the GAN, beside its adaptive weight, 0 for none {both('gan_weight')}")  # fmt: skip
-    add("--gan-start", type=int, default=50_000, metavar="STEP", help="steps before the GAN starts (default: 50000)")
-    add("--features", metavar="SPEC", help=f"of rFID: inception, REPO:ENTRY or none {both('features')}")
+    add("--gan-weight", type=weight, metavar="W", help="of the GAN, beside its adaptive weight, 0 for none")
+    add("--gan-start", type=at_least(0), default=50_000, metavar="STEP", help="steps before the GAN starts")
+    add = parser.add_argument_group("looking at autoencoders").add_argument
+    add("--features", metavar="SPEC", help="of rFID: inception, REPO:ENTRY or none")
     add("--features-weights", metavar="FILE", help="local Inception weights (default: torch-fidelity downloads them)")
-    add("--eval-images", type=int, metavar="N",
-        help="images an evaluation looks at (default: 1000, with --eval-only all)")  # fmt: skip
+    add("--eval-images", type=at_least(1), metavar="N", help="of an evaluation (default: 1000, with --eval-only all)")
     add("--eval-only", action="store_true", help="report on --ckpt, train nothing")
     add("--spectrum", nargs="+", metavar="CKPT", help="compare the spectra of these autoencoders, train nothing")
-    add("--encode", metavar="SPEC", help="encode these images with --ckpt into the latent cache --out, train nothing")
-    add("--ckpt", metavar="CKPT",
-        help="run folder or checkpoint of this program, or SD-VAE weights in their original layout")  # fmt: skip
-    add_training_flags(add, both)
-    return parser
+    add("--encode", metavar="SPEC", help="encode these images with --ckpt into latents, train nothing")
+    add("--ckpt", metavar="CKPT", help="run folder or checkpoint of this program, or SD-VAE weights, original layout")
+    add_training_flags(parser)
+    args = parser.complete(argv, recipe)
+    if "eq" in parse_regularizer(args.regularizer) and args.compile:
+        raise InputError("--compile: eq has images of nearly as many sizes as there are steps; leave it out")
+    return args
+
+
+def main(args):
+    if args.spectrum:
+        compare_spectra(args)
+    elif args.encode:
+        encode_data(args.encode, args.ckpt, args.size, args.out, args.device, args.batch, args.workers)
+    elif args.eval_only:
+        evaluate_only(args)
+    elif args.ckpt:
+        raise InputError(f"--ckpt {args.ckpt}: is for --eval-only and --encode; a run in --out resumes by itself")
+    else:
+        train(args)
 
 
 if __name__ == "__main__":
-    run_program(main, make_parser().parse_args())
+    run_program(main, parse)

@@ -16,8 +16,7 @@ import math
 import torch
 import torch.nn as nn
 
-from dit import (Attention, Mlp, PatchEmbed, check_call, check_labels, sincos_positions, takes_maps, timestep_features,
-                 unpatchify)  # fmt: skip
+from dit import Attention, Mlp, PatchEmbed, check_call, sincos_positions, takes_maps, timestep_features, unpatchify
 
 UVIT_SIZES = {  # paper, table 1, and M of the CIFAR-10 / DCTdiff settings; "nano" and "tiny" are for CPUs
     "nano": dict(embed_dim=128, depth=6, num_heads=4, sincos_init=True),
@@ -55,9 +54,24 @@ class UViT(nn.Module):
     `num_tokens` and `token_dim` is missing.
     """
 
-    def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0,
-                 qkv_bias=False, mlp_time_embed=False, num_classes=-1, conv=True, skip=True,
-                 num_tokens=None, token_dim=None, sincos_init=False):  # fmt: skip
+    def __init__(
+        self,
+        img_size=224,
+        patch_size=16,
+        in_chans=3,
+        embed_dim=768,
+        depth=12,
+        num_heads=12,
+        mlp_ratio=4.0,
+        qkv_bias=False,
+        mlp_time_embed=False,
+        num_classes=-1,
+        conv=True,
+        skip=True,
+        num_tokens=None,
+        token_dim=None,
+        sincos_init=False,
+    ):
         super().__init__()
         maps = takes_maps(num_tokens, token_dim)
         if maps:
@@ -73,9 +87,8 @@ class UViT(nn.Module):
             self.proj = nn.Linear(token_dim, embed_dim)
         self.time_embed = nn.Identity()
         if mlp_time_embed:
-            self.time_embed = nn.Sequential(
-                nn.Linear(embed_dim, 4 * embed_dim), nn.SiLU(), nn.Linear(4 * embed_dim, embed_dim)
-            )
+            inner = 4 * embed_dim
+            self.time_embed = nn.Sequential(nn.Linear(embed_dim, inner), nn.SiLU(), nn.Linear(inner, embed_dim))
         if num_classes > 0:
             self.label_emb = nn.Embedding(num_classes, embed_dim)
         self.input_shape = (in_chans, img_size, img_size) if maps else (num_tokens, token_dim)
@@ -83,7 +96,7 @@ class UViT(nn.Module):
         self.extras = 2 if num_classes > 0 else 1
         self.pos_embed = nn.Parameter(torch.zeros(1, self.extras + num_tokens, embed_dim))
         half, block = depth // 2, (embed_dim, num_heads, mlp_ratio, qkv_bias)
-        self.num_tokens, self.width, self.depth = num_tokens, embed_dim, 2 * half + 1  # of the hidden tokens of `tap`
+        self.num_tokens, self.width, self.depth = num_tokens, embed_dim, 2 * half + 1  # of the hidden tokens
         self.in_blocks = nn.ModuleList(Block(*block) for _ in range(half))
         self.mid_block = Block(*block)
         self.out_blocks = nn.ModuleList(Block(*block, skip=skip) for _ in range(half))
@@ -104,19 +117,22 @@ class UViT(nn.Module):
         """Index of the label that means "no class" where there is one, the last; None where there are no classes."""
         return self.num_classes - 1 if self.num_classes > 0 else None
 
-    def forward(self, x, t, y=None, drop=None, tap=None):
-        """x (N, C, H, W) or (N, L, token_dim), t (N,) scaled time, y (N,) classes -> same shape as x.
+    def forward(self, x, t, y=None, drop=None):
+        """x (N, C, H, W) or (N, L, token_dim), t (N,) scaled time, y (N,) classes -> same shape as x. `drop` (N,) bool
+        replaces those labels by the null class. Raises ValueError where x or y do not fit; a class out of range is
+        looked for on the CPU alone.
+        """
+        return self.tapped(x, t, y, drop)[0]
 
-        `drop` (N,) bool replaces those labels by the null class. `tap` k >= 1 also returns the hidden tokens
-        (N, L, D) after block k, counted through the whole network (the middle one is depth // 2 + 1). Raises ValueError
-        where x, y or tap do not fit; a class out of range is looked for on the CPU alone.
+    def tapped(self, x, t, y=None, drop=None, tap=None):
+        """The output of `forward`, and the hidden tokens (N, L, D) after block `tap`, 1..depth, counted through the
+        network: the middle one is depth // 2 + 1; None without a tap.
         """
         check_call(self, x, y, tap)
         maps = x.ndim == 4
         x = self.patch_embed(x) if maps else self.proj(x)  # (N, L, D)
         extras = [self.time_embed(timestep_features(t, self.embed_dim).to(self.pos_embed.dtype))]
         if self.num_classes > 0:
-            check_labels(y, self.num_labels)
             extras.insert(0, self.label_emb(y if drop is None else torch.where(drop, self.null_class, y)))
         x = torch.cat((torch.stack(extras, 1), x), 1) + self.pos_embed  # (N, extras + L, D)
 
@@ -131,4 +147,31 @@ class UViT(nn.Module):
         x = self.decoder_pred(self.norm(x))[:, self.extras :]  # (N, L, p*p*C)
         if maps:
             x = self.final_layer(unpatchify(x, self.patch_size, self.in_chans))
-        return x if tap is None else (x, hidden)
+        return x, hidden
+
+
+def read_published(state):
+    """A published U-ViT on maps, read off the keys of its plain state dict as `dit.read_published` does: config, whose
+    `network` holds arguments of `UViT`, and state; None where the keys are another network's. Raises ValueError.
+    """
+    patches = state.get("patch_embed.proj.weight")
+    if getattr(patches, "ndim", 0) != 4:
+        return None
+    _, channels, patch, _ = patches.shape
+    rows = len(state.get("label_emb.weight", ()))
+    null = rows not in (0, 1000)  # ImageNet's 1000 rows hold no null class, 1001 do
+    try:
+        network = {
+            "conv": "final_layer.weight" in state,
+            "mlp_time_embed": "time_embed.0.weight" in state,
+            "qkv_bias": "mid_block.attn.qkv.bias" in state,
+            "num_classes": rows or -1,
+            "mlp_ratio": len(state["mid_block.mlp.fc1.weight"]) / len(state["mid_block.norm1.weight"]),
+        }
+        side = math.isqrt(state["pos_embed"].shape[1] - 1 - bool(rows)) * patch
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"is no whole uvit's ({error})") from error
+    config = {"patch": patch, "channels": channels, "side": side, "network": network, "predict": "eps"}
+    config |= {"path": "vp" if channels == 3 else "vp-sd", "label_dropout": 0.1 if null else 0.0}
+    config |= {"classes": [str(i) for i in range(rows - null)] if rows else None}
+    return config, {key: value for key, value in state.items() if not key.startswith("projectors.")}

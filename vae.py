@@ -1,4 +1,4 @@
-"""The SD-VAE autoencoder (latent diffusion, arXiv 2112.10752), its discriminator and its perceptual loss.
+"""The SD-VAE autoencoder (latent diffusion, arXiv 2112.10752), its discriminator, perceptual loss and measures.
 
 Keys and outputs are those of the original release, so that published weights load with strict=True.
 
@@ -14,8 +14,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# f: pixels per latent pixel along a side, d: latent channels. f8d4, f16d16, f16d32 (VA-VAE's) and f32d64 have the widths
-# of their release; VA-VAE's weights have attention in the levels as well and do not load.
+# f: pixels per latent pixel along a side, d: latent channels. f8d4, f16d16, f16d32 (VA-VAE's) and f32d64 have the
+# widths of their release; VA-VAE's weights have attention in the levels as well and do not load.
 PRESETS = {
     "tiny": dict(widths=(32, 64, 64), latent_channels=4, num_res_blocks=1),  # f4, for CPUs
     "f4d4": dict(widths=(128, 256, 512), latent_channels=4),
@@ -42,13 +42,11 @@ class ResBlock(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2, self.conv2 = norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
-        if c_in != c_out:
-            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return self.conv2(F.silu(self.norm2(h))) + self.nin_shortcut(x)
 
 
 class Attention(nn.Module):
@@ -95,17 +93,13 @@ class Level(nn.Module):
     def __init__(self, c_in, c_out, blocks, downsample=False, upsample=False):
         super().__init__()
         self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(blocks))
-        if downsample:
-            self.downsample = Downsample(c_out)
-        if upsample:
-            self.upsample = Upsample(c_out)
+        self.downsample = Downsample(c_out) if downsample else nn.Identity()
+        self.upsample = Upsample(c_out) if upsample else nn.Identity()
 
     def forward(self, x):
         for block in self.block:
             x = block(x)
-        if hasattr(self, "downsample"):
-            x = self.downsample(x)
-        return self.upsample(x) if hasattr(self, "upsample") else x
+        return self.upsample(self.downsample(x))
 
 
 class Middle(nn.Module):
@@ -125,9 +119,9 @@ class Encoder(nn.Module):
         super().__init__()
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], width, num_res_blocks, downsample=i < last) for i, width in enumerate(widths)
-        )
+        channels = zip((widths[0], *widths), widths)  # into and out of every level
+        levels = (Level(*pair, num_res_blocks, downsample=i < last) for i, pair in enumerate(channels))
+        self.down = nn.ModuleList(levels)
         self.mid = Middle(widths[-1])
         self.norm_out, self.conv_out = norm(widths[-1]), nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1)
 
@@ -143,12 +137,11 @@ class Decoder(nn.Module):
 
     def __init__(self, widths, latent_channels, num_res_blocks):
         super().__init__()
-        last = len(widths) - 1
         self.conv_in = nn.Conv2d(latent_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1])
-        self.up = nn.ModuleList(
-            Level(widths[min(i + 1, last)], width, num_res_blocks + 1, upsample=i > 0) for i, width in enumerate(widths)
-        )
+        channels = zip((*widths[1:], widths[-1]), widths)  # into and out of every level
+        levels = (Level(*pair, num_res_blocks + 1, upsample=i > 0) for i, pair in enumerate(channels))
+        self.up = nn.ModuleList(levels)
         self.norm_out, self.conv_out = norm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z):
@@ -193,14 +186,26 @@ def sample_posterior(mean, logvar, noise=None):
     return mean + torch.exp(0.5 * logvar) * (torch.randn_like(mean) if noise is None else noise)
 
 
-def infer_shape(state):
-    """The arguments of `VAE` that a state dict in the original layout stands for. Raises KeyError on another layout."""
-    levels = sum(f"encoder.down.{i}.block.0.conv1.weight" in state for i in range(16))
-    blocks = sum(f"encoder.down.0.block.{i}.conv1.weight" in state for i in range(16))
-    if not levels:
-        raise KeyError("encoder.down.0.block.0.conv1.weight")
-    widths = tuple(state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels))
-    return dict(widths=widths, latent_channels=state["post_quant_conv.weight"].shape[1], num_res_blocks=blocks)
+def read_published(state):
+    """SD-VAE weights in their original layout, alone or in a Stable Diffusion checkpoint -> the arguments of `VAE`, and
+    the state dict it loads. Raises ValueError, to follow the file's name, on another layout.
+    """
+    state, prefix = state.get("state_dict", state), "first_stage_model."
+    if any(key.startswith(prefix) for key in state):
+        state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # the rest is the loss's networks
+    state = {key: value for key, value in state.items() if key.startswith(parts)}
+    convolution = "encoder.down.{}.block.{}.conv1.weight"  # of a level and a block
+    levels = max(1, sum(convolution.format(i, 0) in state for i in range(16)))
+    blocks = sum(convolution.format(0, i) in state for i in range(16))
+    try:
+        widths = tuple(state[convolution.format(i, 0)].shape[0] for i in range(levels))
+        channels = state["post_quant_conv.weight"].shape[1]
+        return dict(widths=widths, latent_channels=channels, num_res_blocks=blocks), state
+    except (KeyError, IndexError) as error:
+        other = "; these are in diffusers' layout" if any("down_blocks" in key for key in state) else ""
+        layout = f"SD-VAE weights in their original layout (no {error}){other}"
+        raise ValueError(f"neither a checkpoint of train_vae.py nor {layout}") from error
 
 
 # ---- discriminator ----------------------------------------------------------------------------------------
@@ -220,8 +225,8 @@ class PatchGAN(nn.Module):
         layers, c_in = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)], width
         for i in range(1, depth + 1):
             c_out = width * min(2**i, 8)
-            layers += [nn.Conv2d(c_in, c_out, 4, 2 if i < depth else 1, 1, bias=False),
-                       nn.GroupNorm(GROUPS, c_out), nn.LeakyReLU(0.2)]  # fmt: skip
+            layers.append(nn.Conv2d(c_in, c_out, 4, 2 if i < depth else 1, 1, bias=False))
+            layers += [nn.GroupNorm(GROUPS, c_out), nn.LeakyReLU(0.2)]
             c_in = c_out
         self.main = nn.Sequential(*layers, nn.Conv2d(c_in, 1, 4, 1, 1))
         self.least_size = 3 * 2**depth
@@ -243,11 +248,9 @@ def adaptive_weight(reconstruction, other, parameter, reduce=lambda gradient: gr
     2012.09841, equation 7). `reduce` averages a gradient over processes.
     """
     up = 2.0**10  # leaves their ratio alone and keeps fp16 gradients from vanishing
-    norms = [
-        reduce(torch.autograd.grad(loss * up, parameter, retain_graph=True)[0]).norm() / up
-        for loss in (reconstruction, other)
-    ]
-    return (norms[0] / (norms[1] + 1e-4)).clamp(0, ADAPTIVE_LIMIT).detach()
+    gradients = (torch.autograd.grad(loss * up, parameter, retain_graph=True)[0] for loss in (reconstruction, other))
+    first, second = (reduce(gradient).norm() / up for gradient in gradients)
+    return (first / (second + 1e-4)).clamp(0, ADAPTIVE_LIMIT).detach()
 
 
 # ---- LPIPS ------------------------------------------------------------------------------------------------
@@ -262,39 +265,39 @@ def load_lpips(vgg=None, heads=None):
     from torch_fidelity.sample_similarity_lpips import URL_VGG16_LPIPS, SampleSimilarityLPIPS
     from torchvision.models import VGG16_Weights
 
-    folder, files = Path(torch.hub.get_dir()) / "checkpoints", []
-    for name, file, url, key in (
-        ("VGG-16", vgg, VGG16_Weights.IMAGENET1K_V1.url, "features.0.weight"),
-        ("LPIPS heads", heads, URL_VGG16_LPIPS, "lin0.model.1.weight"),
-    ):
-        named = url.rpartition("/")[2]
-        file, given = Path(file or folder / named), file is not None
-        try:
-            if not file.exists() and not given:
-                folder.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(url, str(file))
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # urllib's, torch.load's
-            where = "" if given else f", from {url} to {folder}"
-            raise ValueError(f"{name} weights {file}: cannot be loaded{where} ({str(error)[:120]})") from error
-        if key not in state:
-            raise ValueError(f"{name} weights {file}: no {key} in it; it holds {', '.join(list(state)[:2])}, ...")
-        files.append((file, named))
-
+    vgg_url, hub = VGG16_Weights.IMAGENET1K_V1.url, torch.hub.get_dir()
+    vgg = weights_file("VGG-16", vgg, vgg_url, "features.0.weight")
+    heads = weights_file("LPIPS heads", heads, URL_VGG16_LPIPS, "lin0.model.1.weight")
     # torch-fidelity takes no paths but looks into torch.hub's folder: give it one that links to the two files.
-    hub = torch.hub.get_dir()
     with tempfile.TemporaryDirectory() as linked:
         (Path(linked) / "checkpoints").mkdir()
-        for file, named in files:
-            (Path(linked) / "checkpoints" / named).symlink_to(file.resolve())
+        for file, url in ((vgg, vgg_url), (heads, URL_VGG16_LPIPS)):
+            (Path(linked) / "checkpoints" / Path(url).name).symlink_to(file.resolve())
         torch.hub.set_dir(linked)
         try:
             network = SampleSimilarityLPIPS("lpips-vgg16")
         except Exception as error:  # load_state_dict's
-            raise ValueError(f"LPIPS weights {files[0][0]}, {files[1][0]}: {str(error)[:200]}") from error
+            raise ValueError(f"LPIPS weights {vgg}, {heads}: {str(error)[:200]}") from error
         finally:
             torch.hub.set_dir(hub)
     return LPIPS(network)
+
+
+def weights_file(name, file, url, key):
+    """`file`, if None that in torch.hub's folder, downloaded if absent. Raises ValueError where it lacks `key`."""
+    folder, given = Path(torch.hub.get_dir()) / "checkpoints", file is not None
+    file = Path(file or folder / Path(url).name)
+    try:
+        if not file.exists() and not given:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(file))
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # urllib's, torch.load's
+        where = "" if given else f", from {url} to {folder}"
+        raise ValueError(f"{name} weights {file}: cannot be loaded{where} ({str(error)[:120]})") from error
+    if key not in state:
+        raise ValueError(f"{name} weights {file}: no {key} in it; it holds {', '.join(list(state)[:2])}, ...")
+    return file
 
 
 class LPIPS(nn.Module):
@@ -307,3 +310,48 @@ class LPIPS(nn.Module):
     def forward(self, x, y):
         with torch.autocast(x.device.type, enabled=False):
             return self.network((x.float() + 1) * 127.5, (y.float() + 1) * 127.5).flatten()
+
+
+# ---- measures ---------------------------------------------------------------------------------------------
+
+SSIM_WINDOW = 11  # pixels
+
+
+def psnr(x, y):
+    """dB at a peak of 255, of images (N, 3, H, W) on 0..255 -> (N,)"""
+    return 10 * torch.log10(255**2 / (x.float() - y.float()).square().flatten(1).mean(1).clamp_min(1e-10))
+
+
+def ssim(x, y, window=SSIM_WINDOW, sigma=1.5):
+    """Structural similarity (Wang et al., 2004) of images (N, C, H, W) on 0..255 -> (N,), windows within the image."""
+    x, y = x.double(), y.double()  # variances are differences of large numbers
+    g = torch.exp(-(torch.arange(window, device=x.device) - window // 2).double().square() / (2 * sigma**2))
+    g = (g / g.sum()).expand(x.shape[1], 1, 1, window)
+
+    def mean(v):
+        return F.conv2d(F.conv2d(v, g, groups=v.shape[1]), g.mT, groups=v.shape[1])
+
+    mx, my, c1, c2 = mean(x), mean(y), (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    vx, vy, cov = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
+    score = (2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
+    return score.flatten(1).mean(1)
+
+
+class LatentStatistics:
+    """Mean and standard deviation of sampled latents, exactly, from a stream of posteriors."""
+
+    def __init__(self):
+        self.total = self.squares = self.count = 0
+
+    def add(self, mean, logvar):
+        """mean, logvar (N, C, h, w)"""
+        mean, logvar = mean.double(), logvar.double()
+        self.total = self.total + mean.sum((0, 2, 3)).cpu()
+        self.squares = self.squares + (mean.square() + logvar.exp()).sum().cpu()
+        self.count += mean[:, 0].numel()
+
+    def result(self):
+        """-> {"mean" per channel, "std" over all, "scale" = 1 / std}"""
+        mean = self.total / self.count
+        std = (self.squares / (self.count * len(mean)) - mean.mean() ** 2).sqrt().item()
+        return {"mean": mean.tolist(), "std": std, "scale": 1 / std}
