@@ -1134,6 +1134,21 @@ def test_every_combination_trains_and_samples(space, model, path):
             assert images.shape == (2, 3, 16, 16) and images.isfinite().all()
 
 
+def test_complete_records_are_read_where_nothing_may_be_written(tmp_path, monkeypatch):
+    write_photos(tmp_path / "photos", 6, 16)
+    images, processes, load = Images(str(tmp_path / "photos"), 16), Processes("cpu"), np.load
+    first = Pixels(images, tmp_path / "cache", processes, 0)
+
+    def read_only(file, mmap_mode):  # root, who may run the tests, may write anywhere
+        if mmap_mode != "r":
+            raise PermissionError(file)
+        return load(file, mmap_mode=mmap_mode)
+
+    monkeypatch.setattr(np, "load", read_only)
+    again = Pixels(images, tmp_path / "cache", processes, 0)
+    assert torch.equal(again.read(again.indices), first.read(first.indices))
+
+
 def test_commands_may_begin_the_same_records_at_one_moment(tmp_path):
     write_photos(tmp_path / "photos", 40, 16)
     code = "from train_vae import *; p = Pixels(Images('photos', 16), 'cache', Processes('cpu'), 0)"

@@ -978,7 +978,7 @@ class Records:
         if processes.main and not (folder / "header.json").exists():
             cls._create(folder, images, header | {"data": images.spec, "complete": False}, shape, flag, processes)
         processes.barrier()
-        records = cls(folder, kind, flag, "r+")
+        records = cls(folder, kind, flag, "r" if cls.is_complete(folder) else "r+")
         if any(records.header.get(key) != value for key, value in header.items() if key != "vae"):
             raise InputError(f"{records.flag}: holds other {KINDS[kind]}; name another folder, or remove it")
         if not records.header["complete"]:
@@ -1001,7 +1001,7 @@ class Records:
         processes.print(f"{header['kind']:8} {' x '.join(map(str, shape))}: {need:,.1f} MiB into {folder}")
         if need > DISK_SHARE * free:
             raise InputError(f"{flag} {folder}: needs {need:,.1f} MiB, its disk has {free:,.1f} free")
-        new = folder.with_name(f"{folder.name}.{os.getpid()}")  # another command may begin the same folder
+        new = folder.with_name(f"{folder.name}.{os.urandom(4).hex()}")  # another command may begin the same folder
         new.mkdir(parents=True)
         open_memmap(new / "values.npy", "w+", dtype, shape).flush()
         if hasattr(os, "posix_fallocate"):  # a disk that fills up later would kill the process
@@ -1422,13 +1422,9 @@ def record_score(folder, result):
 BAD_STEPS = 10  # non-finite ones in a row that stop a run
 WARM_UP = 2  # steps that a benchmark does not count
 # Flags that may change when a run goes on; what data it is, is compared by what it holds.
-FREE = (
-    "steps grad_accum device workers compile log_every eval_every save_every snapshot_every fresh benchmark out data "
-)
-FREE += (
-    "val cache features features_weights lpips_vgg lpips_heads eval_images eval_only spectrum encode ckpt latents vae "
-)
-FREE = set((FREE + "cache_targets rmsc defaults").split())
+FREE = "steps grad_accum device workers compile log_every eval_every save_every snapshot_every fresh benchmark out "
+FREE += "data val cache features features_weights lpips_vgg lpips_heads eval_images eval_only spectrum encode ckpt "
+FREE = set((FREE + "latents vae cache_targets rmsc defaults").split())
 
 
 class progress(tqdm):
@@ -1779,10 +1775,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """Every default in its flag's help."""
 
     def _get_help_string(self, action):
-        text, default = (
-            action.help.replace(" (default: %(default)s)", ""),
-            action.default,
-        )  # argparse adds True or False
+        default = action.default
+        text = action.help.replace(" (default: %(default)s)", "")  # argparse adds it to switches: True or False
         if isinstance(action, argparse.BooleanOptionalAction) and default is not None:
             default = "on" if default else "off"
         if "default:" in text or default is None or default is False or default == argparse.SUPPRESS:
