@@ -8,15 +8,20 @@ statistics it is scaled by. It needs torch alone.
     tokens = codec.encode(images)      # (N, 3, 256, 256) in [-1, 1] -> (N, 1024, 48)
     images = codec.decode(tokens)      # and back
 
-It also enlarges pictures (paper, section 4.5), the one command of this file:
+It also enlarges pictures (paper, section 4.5), the one command of this file, beside Pillow's ways to compare with:
 
     python dct.py upsample photo.png photo-x2.png
+    python dct.py upsample photos/ photos-x2/ --method bicubic
 """
 
 import argparse
 import functools
+import io
 import math
 import sys
+import zipfile
+import zlib
+from pathlib import Path, PurePosixPath
 
 import torch
 import torch.nn.functional as F
@@ -325,49 +330,154 @@ def white_level(image):
     raise ValueError(f"{reason}; save it as grey of 8 or 16 bits, or as floats within 0 to 1")
 
 
-def main(args):
+METHODS = ("dct", "bicubic", "lanczos", "nearest")  # all but the first are Pillow's
+
+
+def resized(x, method, block):
+    """A channel (H, W) uint8, uint16 or float32 of a large picture, numpy, by one of METHODS -> (2H, 2W)"""
     import numpy as np
-    from PIL import Image, ImageOps  # the command alone needs pictures
+    from PIL import Image
+
+    if method == "dct":
+        return enlarge(x, block)
+    field = Image.fromarray(x if x.dtype == np.uint8 else x.astype(np.float32))  # Pillow resizes no 16 bits
+    return np.array(field.resize((2 * field.width, 2 * field.height), Image.Resampling[method.upper()]))
+
+
+def signature(method, block, content):
+    """What the PNG files of the command say made them, and of which file's content."""
+    block = f" --block {block}" * (block is not None)
+    return f"dct.py upsample --method {method}{block}, CRC-32 {zlib.crc32(content):08x}"
+
+
+def upsample_picture(name, open_file, output, method, block, quiet=False):
+    """Write the picture in open_file(), a binary file, twice as large as `output` -> a line about it. Raises ValueError
+    where it cannot be read; ends the program where nothing can be written.
+    """
+    import numpy as np
+    from PIL import Image, ImageOps, PngImagePlugin  # the command alone needs pictures
     from tqdm import tqdm
 
     try:
-        with Image.open(args.input) as file:
-            white, image, profile = white_level(file), ImageOps.exif_transpose(file), file.info.get("icc_profile")
+        with open_file() as file:
+            content = file.read()
+        with Image.open(io.BytesIO(content)) as opened:
+            white, image, profile = white_level(opened), ImageOps.exif_transpose(opened), opened.info.get("icc_profile")
             if white == 255 and image.mode not in ("L", "LA", "RGB", "RGBA"):
                 image = image.convert("RGBA" if image.has_transparency_data else "RGB")
             pixels, size = np.asarray(image), f"{image.width}x{image.height}"
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        sys.exit(f"dct.py: cannot read the image {args.input}: {error}")
-    if args.block is not None and not 1 <= args.block <= max(image.size):
-        sys.exit(f"dct.py: --block {args.block} must lie in 1..{max(image.size)} for an image of {size}")
-    if white > 255 or (white == 1 and not args.output.lower().endswith((".tif", ".tiff"))):  # which hold floats
+    except Exception as error:  # decoders raise all kinds on bad bytes
+        raise ValueError(f"cannot read the image {name}: {error}") from error
+    if block is not None and not 1 <= block <= max(image.size):
+        raise ValueError(f"--block {block} must lie in 1..{max(image.size)} for an image of {size}")
+    if white > 255 or (white == 1 and Path(output).suffix.lower() not in (".tif", ".tiff")):  # which hold floats
         pixels, white = (pixels * (65535 / white)).round().astype(np.uint16), 65535
     note = {255: "", 65535: ", 16-bit grey", 1: ", floats"}[white]
     space = profile[16:20] if profile else None  # of the pixels that the profile describes
     if space and space != (b"RGB " if image.mode.startswith("RGB") else b"GRAY"):
         profile, note = None, f"{note}, without its colour profile, which is of {space.decode('latin-1').strip()}"
 
-    large = []
-    for channel in tqdm(np.atleast_3d(pixels).transpose(2, 0, 1), "upsample", unit="channel", delay=2, leave=False):
-        channel = enlarge(channel, args.block)
+    large, channels = [], np.atleast_3d(pixels).transpose(2, 0, 1)
+    for channel in tqdm(channels, "upsample", unit="channel", delay=2, leave=False, disable=quiet):
+        channel = resized(channel, method, block)
         channel.clip(0, white, out=channel)
         large.append(channel if white == 1 else channel.round(out=channel).astype(pixels.dtype))
     large = Image.fromarray(np.dstack(large) if pixels.ndim == 3 else large[0])
+    made_by = PngImagePlugin.PngInfo()
+    made_by.add_text("Software", signature(method, block, content))
     try:
-        large.save(args.output, icc_profile=profile, compress_level=1)  # of a PNG: more would take longer than the rest
+        unfinished = Path(output).with_name(f".{Path(output).name}")  # an interrupted command leaves no half a picture
+        # of a PNG: more compression would take longer than the rest
+        large.save(unfinished, icc_profile=profile, compress_level=1, pnginfo=made_by)
+        unfinished.replace(output)
     except (OSError, ValueError, KeyError) as error:
         remedy = "name a file that ends in .png, in a folder that exists"
-        sys.exit(f"dct.py: cannot write {args.output} ({error}); {remedy}")
-    print(f"{args.input} {size} -> {args.output} {large.width}x{large.height}{note}")
+        sys.exit(f"dct.py: cannot write {output} ({error}); {remedy}")
+    return f"{name} {size} -> {output} {large.width}x{large.height}{note}"
+
+
+def list_pictures(source):
+    """The pictures in a folder tree or a .zip -> {name: what opens it}, without hidden ones."""
+    from PIL import Image
+
+    if source.is_dir():
+        names = [file.relative_to(source).as_posix() for file in source.rglob("*")]
+        open_file = lambda name: open(source / name, "rb")
+    else:
+        archive = zipfile.ZipFile(source)
+        names, open_file = archive.namelist(), archive.open
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    pictures = {}
+    for name in sorted(names):
+        hidden = any(part.startswith((".", "/", "__MACOSX")) for part in PurePosixPath(name).parts)  # or out: .. or /
+        if PurePosixPath(name).suffix.lower() in endings and not hidden:
+            pictures[name] = functools.partial(open_file, name)
+    return pictures
+
+
+def upsample_folder(source, folder, method, block):
+    """The pictures in a folder tree or a .zip, twice as large, as PNG files of the same names. What the same command
+    has made is skipped, what cannot be read named and left out.
+    """
+    from PIL import Image
+    from tqdm import tqdm
+
+    def made_alike(name):
+        try:
+            with Image.open(outputs[name]) as image, pictures[name]() as file:
+                return image.info.get("Software") == signature(method, block, file.read())
+        except OSError:
+            return False
+
+    pictures, unreadable = list_pictures(source), 0
+    outputs = {name: folder / PurePosixPath(name).with_suffix(".png") for name in pictures}
+    if not pictures:
+        sys.exit(f"dct.py: {source}: no image in it; name a picture, or a folder or .zip of pictures")
+    if folder.is_file() or folder.resolve().is_relative_to(source.resolve()):
+        sys.exit(f"dct.py: {folder}: is a file, or lies in {source}; name another folder")
+    if len(set(outputs.values())) < len(outputs):
+        sys.exit(f"dct.py: {source}: has images whose names differ in the ending alone; all would end in .png")
+    todo = [name for name, output in outputs.items() if not output.exists()]
+    others = [outputs[name] for name in outputs if name not in todo and not made_alike(name)]
+    others += sorted(set(folder.rglob("*.png")) - set(outputs.values()) - set(folder.rglob(".*")))
+    if others:
+        sys.exit(f"dct.py: {others[0]}: not made of {source} by this command with these settings; name another folder")
+    with tqdm(None, "upsample", len(outputs), initial=len(outputs) - len(todo), unit="img") as bar:
+        for name in todo:
+            outputs[name].parent.mkdir(parents=True, exist_ok=True)
+            try:
+                upsample_picture(name, pictures[name], outputs[name], method, block, quiet=True)
+            except ValueError as error:
+                unreadable += 1
+                bar.write(f"skipped: {error}", file=sys.stderr)
+            bar.update()
+    print(f"{len(outputs) - unreadable} images in {folder}" + f", {unreadable} skipped" * bool(unreadable))
+    if unreadable == len(outputs):
+        sys.exit(f"dct.py: {source}: none of its images could be read")
+
+
+def main(args):
+    source = Path(args.input)
+    if args.block is not None and args.method != "dct":
+        sys.exit(f"dct.py: --block {args.block}: means nothing with --method {args.method}; leave it out")
+    if source.is_dir() or zipfile.is_zipfile(source):
+        return upsample_folder(source, Path(args.output), args.method, args.block)
+    try:
+        print(upsample_picture(source, functools.partial(open, source, "rb"), args.output, args.method, args.block))
+    except ValueError as error:
+        sys.exit(f"dct.py: {error}")
 
 
 def make_parser():
     parser = argparse.ArgumentParser(description="DCT tools (arXiv 2412.15032)")
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("upsample", help="make an image twice as large")
+    command = commands.add_parser("upsample", help="make an image, or those of a folder, twice as large")
     command.description = "Averaging 2 x 2 pixels of the result gives the image back, until rounded and clipped."
-    command.add_argument("input", metavar="IN", help="any image file, any size; deep grey of 16 bits or floats in 0..1")
-    command.add_argument("output", metavar="OUT", help="the file to write; its ending chooses the format")
+    several = "or a folder tree or .zip of such"
+    command.add_argument("input", metavar="IN", help=f"any image, deep grey of 16 bits or floats in 0..1; {several}")
+    files = "the file to write, its ending chooses the format; or the folder, of PNG files"
+    command.add_argument("output", metavar="OUT", help=f"{files}; the same command goes on")
+    command.add_argument("--method", choices=METHODS, default="dct", help="dct (default), or Pillow's to compare with")
     command.add_argument("--block", type=int, metavar="B", help="block size (default: the frame as one block)")
     return parser
 

@@ -11,6 +11,7 @@ multiplied by is the caller's: published DiTs are called with 999 t, SiTs with t
 """
 
 import math
+import re
 
 import torch
 import torch.nn as nn
@@ -26,10 +27,14 @@ DIT_SIZES = {  # paper, table 1; "nano" and "tiny" are for CPUs
 }
 
 
-def timestep_features(t, dim, max_period=10000):
-    """Cosines, then sines, of t at geometrically spaced frequencies. (N,) -> (N, dim), float32."""
-    half = dim // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+def timestep_frequencies(count, **options):
+    """Geometrically spaced, from 1 to nearly 1/10000. -> (count,)"""
+    return torch.exp(-math.log(10000) * torch.arange(count, **options) / count)
+
+
+def timestep_features(t, dim):
+    """Cosines, then sines, of t at `timestep_frequencies`. (N,) -> (N, dim), float32."""
+    frequencies = timestep_frequencies(dim // 2, device=t.device, dtype=torch.float32)
     angles = t.float()[:, None] * frequencies  # (N, dim/2)
     return F.pad(torch.cat((angles.cos(), angles.sin()), 1), (0, dim % 2))
 
@@ -271,29 +276,57 @@ class DiT(nn.Module):
         return x, hidden
 
 
-def read_published(state, kind):
-    """A published DiT ("dit") or SiT ("sit") on maps, read off the keys of its plain state dict: all but its heads.
+def size_name(sizes, width, depth):
+    """The name in DIT_SIZES or UVIT_SIZES of a width and depth, which tells the heads of attention as no shape does.
+    Raises ValueError.
+    """
+    for name, size in sizes.items():
+        if list(size.values())[:2] == [width, depth]:
+            return name
+    raise ValueError(f"is {width} wide and {depth} blocks deep, which is no size of {', '.join(sizes)}")
 
-    -> config, state; None where the keys are another network's. config: patch, channels and side of the maps, predict,
-    path, classes (names or None), label_dropout, and of a SiT `reversed`, whether its time runs from noise to data. The
-    state has no learned sigmas and no projectors of REPA. Raises ValueError ("is no whole dit's ...") where keys lack.
+
+def reverse_time(state):
+    """Weights of f(x, t), t in 0..1, to those of -f(x, 1 - t), exactly: of the timestep features, the cosines and sines
+    of w (1 - t) are those of w t reflected, cos w cos wt + sin w sin wt and sin w cos wt - cos w sin wt. A plain state
+    dict of a SiT -> another, those weights in float32.
+    """
+    w = timestep_frequencies(TimestepEmbedder.FEATURES // 2, dtype=torch.float64)
+    cos, sin = w.cos().diag(), w.sin().diag()
+    reflection = torch.cat((torch.cat((cos, sin), 1), torch.cat((sin, -cos), 1)))  # (256, 256)
+    time, last = "t_embedder.mlp.0.weight", ("final_layer.linear.weight", "final_layer.linear.bias")
+    return state | {time: (state[time].double() @ reflection).float()} | {key: -state[key].float() for key in last}
+
+
+def read_published(state, kind):
+    """A published DiT ("dit") or SiT ("sit"; the keys are the same) on maps, read off its plain state dict.
+
+    -> config, state; None where the keys are another network's. config: model (dit-xl/2), channels and side of the
+    maps, predict, path, classes (names or None), label_dropout. The state is that of `DiT` without learned sigmas: no
+    projectors of REPA, whose older files call the blocks after the aligned one decoder_blocks, and time runs from data
+    to noise. Raises ValueError ("is no whole dit's ...") where keys lack or the size is not of DIT_SIZES.
     """
     patches = state.get("x_embedder.proj.weight")
     if getattr(patches, "ndim", 0) != 4:
         return None
-    _, channels, patch, _ = patches.shape
-    projected = any(key.startswith("projectors.") for key in state)
+    width, channels, patch, _ = patches.shape
+    from_repa = any(key.startswith(("projectors.", "decoder_blocks.")) for key in state)
+    first = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    later = lambda match: f"blocks.{first + int(match[1])}."
+    state = {re.sub(r"^decoder_blocks\.(\d+)\.", later, key): value for key, value in state.items()}
     state = {key: value for key, value in state.items() if not key.startswith("projectors.")}
     try:
         out = state["final_layer.linear.weight"].shape[0] // patch**2
         for key in ("final_layer.linear.weight", "final_layer.linear.bias"):  # (p p out, ...), the sigmas last
             state[key] = state[key].unflatten(0, (patch**2, out))[:, :channels].flatten(0, 1)
+        if kind == "sit" and out != channels and not from_repa:  # its own release: noise at t = 0, data at 1
+            state = reverse_time(state)
         side = math.isqrt(state["pos_embed"].shape[1]) * patch
     except (KeyError, IndexError, RuntimeError) as error:
         raise ValueError(f"is no whole {kind}'s ({error})") from error
+    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     rows = len(state.get("y_embedder.embedding_table.weight", ()))  # the last is the null class
-    config = {"patch": patch, "channels": channels, "side": side, "predict": "eps", "path": "vp"}
+    config = {"model": f"{kind}-{size_name(DIT_SIZES, width, depth)}/{patch}", "channels": channels, "side": side}
+    config |= {"predict": "v", "path": "flow"} if kind == "sit" else {"predict": "eps", "path": "vp"}
     config |= {"classes": [str(i) for i in range(rows - 1)] if rows else None, "label_dropout": 0.1 if rows else 0.0}
-    if kind == "sit":  # its own release, with learned sigmas, runs from noise at t = 0 to data at 1, REPA's like ours
-        config |= {"predict": "v", "path": "flow", "reversed": out != channels and not projected}
     return config, state

@@ -10,7 +10,8 @@
     loss = alignment_loss(projector(hidden), target).mean()             # hidden (N, 256, width) of the noisy input
 
 What a target keeps of the tokens is measured by `lds` here and by rmsc and directional_energy of spectral_losses.py;
-`frechet_distance` compares the summaries of two sets of images: the FID with load_encoder("inception").
+`frechet_distance`, `kernel_distance` and `precision_recall` compare the summaries of two sets of images: FID, KID ...
+with load_encoder("inception").
 """
 
 import functools
@@ -117,6 +118,10 @@ class Inception(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             summary = self.network(pixels)[0]
         return summary[:, None], summary
+
+    def logits(self, summary):
+        """(N, 2048) -> (N, 1008), those without bias, of which Inception Score is."""
+        return summary @ self.network.fc.weight.to(summary).mT
 
 
 def load_encoder(spec, device="cpu", resolution=PATCH_ENCODER_SIZE, antialias=False, weights=None):
@@ -299,9 +304,63 @@ def principal_colours(tokens, size):
     return F.interpolate(as_map(colours), (size, size))
 
 
-def frechet_distance(a, b):
-    """Between two sets of features (n, D), by torch-fidelity: the FID where they are Inception's."""
-    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+# ---- scores, by torch-fidelity's own functions ------------------------------------------------------------
 
-    a, b = fid_features_to_statistics(a), fid_features_to_statistics(b)
+KID_SUBSETS, KID_SUBSET = 100, 1000  # torch-fidelity's; a subset is at most half of the smaller set
+ISC_SPLITS = 10
+NEIGHBOURS = 3  # radius of precision's and recall's balls (arXiv 1904.06991)
+PRC_BATCH = 2000  # rows of a distance matrix held at a time
+
+
+def statistics(features):
+    """Of features (n, D), n at least 2: {"mu": (D,), "sigma": (D, D)}, numpy, float64."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics
+
+    return fid_features_to_statistics(features.cpu().double())
+
+
+def frechet_distance(a, b):
+    """Between two sets of features (n, D), or their `statistics`: the FID where they are Inception's (1706.08500)."""
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+
+    a, b = (x if isinstance(x, dict) else statistics(x) for x in (a, b))
     return fid_statistics_to_metric(a, b, verbose=False)[KEY_METRIC_FID]
+
+
+def kernel_distance(a, b):
+    """Unbiased squared MMD of features (n, D), kernel (x.y / D + 1)^3: the KID where they are Inception's (1801.01401)
+    -> kid, kid_std over random subsets, kid_subset_size; kid None from fewer than 4 images.
+    """
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+
+    size = min(KID_SUBSET, len(a) // 2, len(b) // 2)
+    if size < 2:
+        return {"kid": None}
+    settings = {"kid_subsets": KID_SUBSETS, "kid_subset_size": size, "verbose": False}
+    metric = kid_features_to_metric(a.double(), b.double(), **settings)
+    return {"kid": metric[KEY_METRIC_KID_MEAN], "kid_std": metric[KEY_METRIC_KID_STD], "kid_subset_size": size}
+
+
+def inception_score(logits):
+    """Of Inception's logits (n, classes) (1606.03498) -> inception_score and its _std over 10 splits; None from fewer
+    than 20 images.
+    """
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+
+    if len(logits) < 2 * ISC_SPLITS:
+        return {"inception_score": None}
+    metric = isc_features_to_metric(logits, ISC_SPLITS)
+    return {"inception_score": metric[KEY_METRIC_ISC_MEAN], "inception_score_std": metric[KEY_METRIC_ISC_STD]}
+
+
+def precision_recall(a, b):
+    """Shares of features a (n, D) within the third-neighbour balls of b (m, D): precision, and of b within those of a:
+    recall (1904.06991), computed on their device; None from fewer than 4 images.
+    """
+    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
+    if min(len(a), len(b)) <= NEIGHBOURS:
+        return {"precision": None, "recall": None}
+    settings = {"prc_neighborhood": NEIGHBOURS, "prc_batch_size": PRC_BATCH, "save_cpu_ram": True, "verbose": False}
+    metric = prc_features_to_metric(a, b, **settings)
+    return {"precision": metric[KEY_METRIC_PRECISION], "recall": metric[KEY_METRIC_RECALL]}

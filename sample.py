@@ -2,7 +2,9 @@ r"""Sample a trained diffusion model, look at how it samples, and score it.
 
     python sample.py runs/first --n 64                  # PNG files, a grid
     torchrun --nproc_per_node=8 sample.py runs/first -n 50000 --score photos/
+    python sample.py --score-folder a/ --score b/  # images, without a model
     python sample.py runs/first --trajectory       # low frequencies come first
+    python sample.py --ckpt cifar10_DCTdiff_mid_2by2.pth    # DCTdiff's own
     python sample.py --ckpt DiT-XL-2-256x256.pt --model dit-xl/2 \
         --vae sd-vae.ckpt --classes 207 360 --guidance 4
 
@@ -12,6 +14,8 @@ when typed again. DDIM is in train_diffusion.py, the other samplers are here.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -23,14 +27,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader, Subset
 
-import dit
 import train_vae
-import uvit
-from repa import frechet_distance
-from spectral_losses import psd
-from train_diffusion import Diffusion, ddim, generate, open_autoencoder, parse_model, time_grid
+from repa import Inception, frechet_distance, inception_score, kernel_distance, precision_recall
+from spectral_losses import patch_artefacts, psd
+from train_diffusion import Diffusion, ddim, generate, open_autoencoder, published_network, time_grid
 from train_vae import Images, InputError, Parser, at_least, generator, progress, run_folder, run_program, save_grid
 
 # ---- samplers -------------------------------------------------------------------------------------------------------
@@ -154,70 +155,26 @@ def trajectory(diffusion, protocol, stem, columns=10, rows=8):
 
 # ---- models ---------------------------------------------------------------------------------------------------------
 
-SD_SCALE = 0.18215  # of SD-VAE latents, in every published latent model
-READERS = {kind: partial(dit.read_published, kind=kind) for kind in ("dit", "sit")} | {"uvit": uvit.read_published}
-
-
-def published_network(file, name, vae=None, ema=True):
-    """A published DiT, SiT or U-ViT from its checkpoint -> (config of `Diffusion`, state dict). Kind and shape are read
-    off its keys; the heads of attention, and whether it is a DiT or a SiT, only `name` tells (sit-xl/2). Raises
-    InputError where they do not fit, or where a latent model finds no `vae`, (VAE, info) of `load_autoencoder`.
-    """
-    state = published_weights(file, ema)
-    kind, model = name.lower().partition("-")[0], name.lower().replace("sit-", "dit-", 1)
-    _, _, wanted = parse_model(model)  # its patch, or None
-    other, keys = ("dit", "a dit or sit's") if kind == "uvit" else ("uvit", "a uvit's")
-    try:
-        config, weights = READERS[kind](state) or (None, None)
-        if config is None and READERS[other](state):
-            raise InputError(f"--ckpt {file}: its keys are {keys}, --model {name} is none")
-    except ValueError as error:
-        raise InputError(f"--ckpt {file}: {error}") from error
-    if config is None:
-        keys = ", ".join(list(state)[:3])
-        raise InputError(f"--ckpt {file}: its keys are no DiT's, SiT's or U-ViT's on maps ({keys} ...)")
-    patch, channels, side = (config.pop(key) for key in ("patch", "channels", "side"))
-    if wanted not in (None, patch):
-        raise InputError(f"--model {name}: {file} has patches of {patch}")
-    config |= {"snr_scale": 1.0, "space": "pixel", "size": side, "model": f"{model.partition('/')[0]}/{patch}"}
-    if channels == 3:
-        if vae:
-            raise InputError(f"--vae: {file} is a model of pixels; leave it out")
-        return config, weights
-    if vae is None:
-        raise InputError(f"--ckpt {file}: a model of {channels}-channel latents; --vae FILE names the SD-VAE's weights")
-    autoencoder, info = vae
-    if autoencoder.latent_channels != channels:
-        raise InputError(f"--vae: latents of {autoencoder.latent_channels} channels, {file} takes {channels}")
-    config |= {"space": "latent", "size": side * autoencoder.factor, "latent_shape": [channels, side, side]}
-    return config | {"scale": SD_SCALE, "autoencoder": info["weights"]}, weights
-
-
-def published_weights(file, ema=True):
-    """The state dict in a published checkpoint, the average of the weights or with ema=False the weights themselves."""
-    state = train_vae.strip_prefixes(train_vae.load_plain(file))
-    if {"config", "model", "ema", "step"} <= state.keys():
-        raise InputError(f"--ckpt {file}: a checkpoint of train_diffusion.py; give it without --ckpt and --model")
-    parts = [part for part in ("ema", "state_dict", "model") if isinstance(state.get(part), dict)]
-    if not ema and not {"ema", "model"} <= set(parts):
-        raise InputError(f"--no-ema: {file} holds one set of weights; leave it out")
-    return train_vae.strip_prefixes(state[parts[0] if ema else "model"]) if parts else state
-
 
 def open_model(args, device):
     """-> (config, weights, step, the frozen VAE or None) of a run, or of published weights. Raises InputError."""
     if bool(args.run) == bool(args.ckpt):
-        raise InputError("name a run folder of train_diffusion.py, or published weights by --ckpt FILE --model NAME")
+        raise InputError("name a run folder of train_diffusion.py, or published weights by --ckpt FILE")
+    codec = {name: getattr(args, name) for name in ("block", "eta", "snr_scale")}
     if args.ckpt:
-        if not args.model:
-            raise InputError(f"--ckpt {args.ckpt}: --model NAME says which network it is of, such as dit-xl/2")
-        vae = train_vae.load_autoencoder(args.vae, device) if args.vae else None
-        config, weights = published_network(args.ckpt, args.model, vae, ema=not args.no_ema)
-        if vae and vae[0].factor != 8 and int(os.environ.get("RANK", 0)) == 0:
-            print(f"note: --vae {args.vae} has {vae[0].factor} pixels a latent pixel; published models are of 8")
+        vae, note = train_vae.load_autoencoder(args.vae, device) if args.vae else None, None
+        config, weights = published_network(args.ckpt, args.model, vae, not args.no_ema, codec)
+        if vae and vae[0].factor != 8:
+            note = f"note: --vae {args.vae} has {vae[0].factor} pixels a latent pixel; published models are of 8"
+        elif config["space"] == "dct":
+            note = "{model}: {size} px, B {block}, keep {keep}, eta {eta:g}, c {snr_scale:g}".format(**config)
+        if note and int(os.environ.get("RANK", 0)) == 0:
+            print(note)
         return config, weights, 0, vae and vae[0]
-    if args.model:
-        raise InputError(f"--model {args.model}: is for --ckpt; {args.run} says itself what it is")
+    for name, value in ({"model": args.model} | codec).items():
+        if value:
+            flag = f"--{name.replace('_', '-')} {value}"
+            raise InputError(f"{flag}: is for --ckpt; {args.run} says itself what it is")
     checkpoint, vae = train_vae.read_checkpoint(args.run), None
     config = checkpoint["config"]
     if config["space"] == "latent":
@@ -228,35 +185,46 @@ def open_model(args, device):
     return config, checkpoint["model" if args.no_ema else "ema"], checkpoint["step"], vae
 
 
-# ---- files and scores -----------------------------------------------------------------------------------------------
+# ---- files ----------------------------------------------------------------------------------------------------------
 
-FLOOR_LEAST = 512  # images that a reference needs for a floor
+
+def class_of(protocol, i):
+    """The class of image number i: of the protocol's in turn, or drawn."""
+    classes = protocol["classes"]
+    if protocol["deal"] == "random":
+        i = torch.randint(len(classes), (), generator=generator(protocol["seed"], i, train_vae.DEAL)).item()
+    return classes[i % len(classes)]
 
 
 def generate_by(protocol, diffusion, indices, trace=None):
-    """Images number `indices` by a protocol, its classes dealt in turn -> (n, 3, S, S) in [-1, 1]."""
-    classes, sampler = protocol["classes"], SAMPLERS[diffusion.config["path"]][protocol["sampler"]]
-    y = torch.tensor([classes[i % len(classes)] for i in indices], device=diffusion.device) if classes else None
+    """Images number `indices` by a protocol -> (n, 3, S, S) in [-1, 1]."""
+    sampler = SAMPLERS[diffusion.config["path"]][protocol["sampler"]]
+    y = [class_of(protocol, i) for i in indices] if protocol["classes"] else None
+    y = y and torch.tensor(y, device=diffusion.device)
     settings = protocol["steps"], protocol["guidance"], protocol["guidance_interval"]
     return generate(diffusion, indices, protocol["seed"], diffusion.device, y, sampler, *settings, trace)
 
 
 def sample_files(diffusion, protocol, folder, n, batch=64, rank=0, world=1):
     """Write images 0..n-1 as folder/000000.png ..., this process's share of those not there yet -> the n files. Process
-    0 returns when all are there. Raises InputError where the folder holds anything else.
+    0 returns when all are there. The folder is one of `open_folder`.
     """
-    open_folder(folder, protocol, rank)
     files = [folder / f"{i:06d}.png" for i in range(n)]
     missing = [i for i in range(n) if not files[i].exists()]
     todo = [i for i in missing if i % world == rank]
     hide = rank > 0 or not missing
+
+    def tick(start, images, t, x0):  # t falls from 1 to 0
+        bar.update(max(0, min(n, start + int((1 - t) * images * world)) - bar.n))
+
     with progress(desc="sample", unit="img", total=n, initial=n - len(missing), disable=hide) as bar:
         for k in range(0, len(todo), batch):
             indices = todo[k : k + batch]
-            images = train_vae.to_uint8(generate_by(protocol, diffusion, indices))
+            start = bar.n
+            images = train_vae.to_uint8(generate_by(protocol, diffusion, indices, partial(tick, start, len(indices))))
             for i, pixels in zip(indices, images.permute(0, 2, 3, 1).cpu().numpy()):
                 train_vae.write_atomically(files[i], partial(Image.fromarray(pixels).save, format="PNG"), sync=False)
-            bar.update(min(len(indices) * world, n - bar.n))
+            bar.update(min(start + len(indices) * world, n) - bar.n)
         while rank == 0 and not all(file.exists() for file in files):  # the other processes' share; no collective
             time.sleep(0.2)
     return files
@@ -269,7 +237,7 @@ def open_folder(folder, protocol, rank):
         raise InputError(f"--out {folder}: is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)
     if record.exists():
-        old = json.loads(record.read_text())
+        old = {"deal": "equal"} | json.loads(record.read_text())  # earlier versions had no other
         changed = [f"{key} {old[key]} there, {new} now" for key, new in protocol.items() if old.get(key, new) != new]
         if changed:
             raise InputError(f"--out {folder} holds images made otherwise ({'; '.join(changed)}); name another folder")
@@ -283,58 +251,224 @@ def open_folder(folder, protocol, rank):
 
 
 def collect(files, grid, npz=None, cells=None):
-    """Write the first `cells` images of PNG files (all by default) as a grid, and all of them as one array."""
+    """Write the first `cells` images of PNG files (all by default) as a grid, and all of them as one array -> the first
+    64 (n, 3, S, S) in [-1, 1].
+    """
     pixels = np.stack([np.asarray(Image.open(file)) for file in (files if npz else files[:cells])])  # (n, S, S, 3)
     images = torch.from_numpy(pixels[:cells]).permute(0, 3, 1, 2) / 127.5 - 1
     print(f"grid {save_grid(images, grid, math.ceil(math.sqrt(len(images))))}")
     if npz:
         train_vae.write_atomically(npz, lambda file: np.savez(file, pixels))
         print(f"{pixels.shape} uint8 in {npz}")
+    return images[:64]
 
 
-def open_reference(spec, size):
-    """The images of `--score SPEC`. Raises InputError where they are smaller than what they are compared with."""
-    reference = Images(spec, size)
-    for i in range(0, len(reference), math.ceil(len(reference) / 16)):
-        with reference.open(reference.readable(i)[0]) as image:
-            if min(image.size) < size:
-                sizes = f"{image.width}x{image.height} pixels ({reference.names[i]}) against a model of {size}"
-                remedy = "enlarged images are no reference; give one at least as large"
-                raise InputError(f"--score {spec}: {sizes}: {remedy}")
-    return reference
+def artefacts(images, diffusion):
+    """Print `patch_artefacts` of images (n, 3, S, S) at the side, in pixels, of a token and of a block or latent."""
+    config, side = diffusion.config, math.isqrt(diffusion.network.num_tokens)
+    part = config["block"] if config["space"] == "dct" else diffusion.vae.factor if diffusion.vae else 0
+    for period in sorted({config["size"] // side, part}, reverse=True):
+        if 1 < period <= config["size"] // 3:
+            print(f"patch artefacts, period {period}: {patch_artefacts(images, period):.2f} (photographs: about 1)")
 
 
-def extract(images, features, device, batch):
-    """The features (n, D) of the readable images of a data set."""
-    parts, loader = [], DataLoader(images, batch, num_workers=min(4, os.cpu_count() or 1))
-    with torch.no_grad(), progress(desc="features", unit="img", total=len(images)) as bar:
-        for _, pixels, readable in loader:
-            parts.append(features(pixels[readable].to(device)).float().cpu())
-            bar.update(len(readable))
-    return torch.cat(parts)
+# ---- scores ---------------------------------------------------------------------------------------------------------
+
+FLOOR_LEAST = 512  # images that a reference needs for a floor
+FEATURES_KEPT = 2**31  # bytes; of a larger set there are mean and covariance only
+ARRAYS = {"features": np.float32, "mu": np.float64, "sigma": np.float64}  # in a file of reference statistics
+OF_SETS = "score_folder score size save_reference features features_weights cache batch device amp".split()  # flags
 
 
-def score(files, reference, features, settings, device="cpu", batch=64):
-    """Frechet distance (FID, with Inception's features) of PNG files to the reference, and as its floor that between
-    random halves of the reference, by torch-fidelity; printed, and saved in scores.jsonl beside the folder, with its
-    settings. Raises InputError where the sizes do not match.
+def smaller_side(images):
+    """Of all images of a data set, as they are stored. Raises InputError where they do not share it."""
+    sides = {}
+    for i, name in enumerate(progress(images.names, desc="sizes", unit="img")):
+        with contextlib.suppress(Exception), images.open(i) as image:  # `extract` counts unreadable ones
+            sides.setdefault(min(image.size), name)
+        if len(sides) > 1:
+            (a, first), (b, second) = sides.items()
+            text = f"smaller sides of {a} ({first}) and {b} pixels ({second})"
+            remedy = "name another" if images.flag.startswith("--out") else "--size PIXELS crops and resizes all to one"
+            raise InputError(f"{images.flag}: {text}; {remedy}")
+    return min(sides) if sides else images.readable(0)  # which raises
+
+
+def check_not_enlarged(images):
+    """Raise InputError where one of 16 images of a data set is smaller than the size that it is asked for."""
+    for i in range(0, len(images), math.ceil(len(images) / 16)):
+        with images.open(images.readable(i)[0]) as image:
+            if min(image.size) < images.size:
+                sizes = f"{image.width}x{image.height} pixels ({images.names[i]}), compared at {images.size}"
+                raise InputError(f"{images.flag}: {sizes}: enlarged images prove nothing; give some at least as large")
+
+
+def extract(images, count, features, batch):
+    """Of the readable ones of the first `count` images of a data set: {"images": n, "features": (n, D) float32, or
+    (0, D) where they would be beyond 2 GiB, "mu": (D,), "sigma": (D, D)}. Raises InputError.
     """
-    size, folder = reference.size, files[0].parent
-    for file in files:
-        with Image.open(file) as image:
-            if image.size != (size, size):
-                raise InputError(f"{file}: {image.width}x{image.height} pixels, not the model's {size}")
-    samples = Subset(Images(str(folder), size), range(len(files)))
-    ours, theirs = (extract(images, features, device, batch) for images in (samples, reference))
-    reference.check_unreadable(len(reference) - len(theirs))
-    result = {"frechet_distance": frechet_distance(ours, theirs)}
-    if len(theirs) >= FLOOR_LEAST:
-        half, order = len(theirs) // 2, torch.randperm(len(theirs), generator=generator(0, 6))
-        result["floor"] = frechet_distance(*(theirs[part] for part in order.split(half)[:2]))
-        result["floor_images"] = half
-    result |= {"images": len(ours), "reference": reference.spec, "reference_images": len(theirs), "format": "PNG"}
-    result |= {"crop": train_vae.crop_text(size), "folder": folder.name, **settings}
-    train_vae.record_score(folder.parent, result)
+    n, total, products = 0, 0, 0
+    kept = torch.empty(count if count * features.width * 4 <= FEATURES_KEPT else 0, features.width)
+    for _, pixels, good in images.batches(range(count), batch, min(4, os.cpu_count() or 1), "features"):
+        if good.any():
+            x = features(pixels[good])
+            kept[n : n + len(x)] = x[: len(kept)]
+            n, x = n + len(x), x.double()
+            total, products = total + x.sum(0), products + x.mT @ x
+    images.check_unreadable(count - n)
+    if n < 2:
+        raise InputError(f"{images.flag}: {n} readable images; a score takes at least 2")
+    sigma = (products - torch.outer(total, total) / n) / (n - 1)
+    return {"images": n, "features": kept[:n], "mu": (total / n).numpy(), "sigma": sigma.numpy()}
+
+
+def read_reference(flag, file, made_by, width):
+    """A file of reference statistics, of ADM or pytorch-fid (mu, sigma) or of `write_reference` -> what was written.
+    Raises InputError where it is damaged, or its features cannot be compared with those of `made_by`.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as content:
+            protocol = dict(json.loads(str(content["protocol"]))) if "protocol" in content else {}
+            names = ARRAYS if protocol else ("mu", "sigma")
+            # in this machine's order of bytes; complex numbers raise
+            arrays = {key: content[key].astype(ARRAYS[key], casting="same_kind") for key in names if key in content}
+    except Exception as error:  # np.load lets through whatever zipfile, numpy and json met
+        raise InputError(f"{flag} {file}: cannot be read as reference statistics ({error})") from error
+    if not {"mu", "sigma"} <= arrays.keys():
+        makes = "as ADM's and pytorch-fid's have; of images, give the folder or .zip"
+        raise InputError(f"{flag} {file}: no reference statistics, it lacks mu and sigma ({makes})")
+    for key, value in made_by.items():
+        if protocol.get(key, value) != value:
+            raise InputError(f"{flag} {file}: made with {key} {protocol[key]}, now {value}; make it anew")
+    arrays = {"features": np.zeros((0, width), np.float32)} | arrays
+    shapes = {"features": (*arrays["features"].shape[:1], width), "mu": (width,), "sigma": (width, width)}
+    for key, array in arrays.items():
+        if array.shape != shapes[key] or not np.isfinite(array).all():
+            fits = array.shape == shapes[key]
+            text = "not finite" if fits else f"{array.shape}, these features have {width}"
+            raise InputError(f"{flag} {file}: its {key} is {text}; --features names those it was made with")
+    return {"images": None} | protocol | arrays | {"features": torch.from_numpy(arrays["features"])}
+
+
+def write_reference(file, reference):
+    arrays = {key: reference[key] for key in ARRAYS}
+    protocol = json.dumps({key: value for key, value in reference.items() if key not in ARRAYS})
+    ours = Path(f"{file}.{os.getpid()}")  # another command may write the same
+    train_vae.write_atomically(ours, lambda handle: np.savez(handle, **arrays, protocol=protocol))
+    ours.replace(file)
+
+
+class Reference:
+    """What `--score` names: statistics in a FILE.npz, or images, whose own are computed once and kept in --cache.
+
+    Attributes: features (of `--features`), settings (plain values: what is compared, and how). Raises InputError for
+    all that can be wrong before `load`, which takes long.
+    """
+
+    def __init__(self, args, size, device):
+        self.spec, self.cache, self.copy, self.batch = args.score, Path(args.cache), args.save_reference, args.batch
+        ready, self.kept = self.spec.endswith(".npz"), None
+        if ready and self.copy:
+            raise InputError(f"--save-reference: {self.spec} holds statistics already; --score names images")
+        if not ready:
+            self.images = Images(self.spec, size, "--score")
+            name = self.images.cache_name()  # what is kept, by whatever features, was looked at
+            if not any(file.name.startswith(name) for file in self.cache.glob("*.npz")):
+                check_not_enlarged(self.images)
+        self.features = train_vae.Features(args.features, args.features_weights, size, device)
+        encoder, weights = args.features.rpartition(":")[2], train_vae.fingerprint(self.features.encoder.state_dict())
+        self.made_by = {"encoder": encoder, "size": size, "crop": train_vae.crop_text(size), "encoder_weights": weights}
+        self.settings = {"reference": self.spec, "features": args.features, "features_weights": args.features_weights}
+        self.settings |= {"encoder_weights": weights, "crop": self.made_by["crop"]}
+        if ready:
+            self.kept = read_reference("--score", self.spec, self.made_by, self.features.width)
+            return
+        self.file = self.cache / f"{name}-{encoder}-{weights}.npz"
+        if self.file.exists():
+            try:
+                self.kept = read_reference("--cache", self.file, self.made_by, self.features.width)
+            except InputError as error:
+                print(f"made again: {error}")
+
+    def load(self):
+        """-> what `extract` returns of the images, with the floor where they are enough, and what made it."""
+        reference = self.kept or self.make()
+        if self.copy:
+            try:
+                write_reference(self.copy, reference)
+            except OSError as error:
+                raise InputError(f"--save-reference {self.copy}: cannot be written ({error.strerror})") from error
+            print(f"statistics of {reference['images']} images in {self.copy}")
+        return reference
+
+    def make(self):
+        extracted = extract(self.images, len(self.images), self.features, self.batch)
+        reference, n = {"data": self.spec} | self.made_by | extracted, len(extracted["features"])
+        if n >= FLOOR_LEAST:
+            halves = torch.randperm(n, generator=generator(0, 6)).split(n // 2)[:2]
+            floor = frechet_distance(*(reference["features"][half] for half in halves))
+            reference |= {"floor": floor, "floor_images": n // 2}
+        try:
+            self.cache.mkdir(parents=True, exist_ok=True)
+            write_reference(self.file, reference)
+        except OSError as error:
+            print(f"note: --cache {self.cache}: the reference's features are not kept ({error.strerror})")
+        return reference
+
+
+def score(ours, reference, features, settings, folder):
+    """Every score of one set of images to another, both of `extract`, None where they are too few; printed, and saved
+    in scores.jsonl in a folder, with what it depends on -> the same.
+    """
+    a, b = (x["features"].to(features.device) for x in (ours, reference))
+    with progress(desc="scores", unit="score", total=4) as bar:
+        result = {"frechet_distance": frechet_distance(ours, reference)}
+        result |= {key: reference[key] for key in ("floor", "floor_images") if key in reference}
+        bar.update()
+        result |= kernel_distance(a, b)
+        bar.update()
+        if isinstance(features.encoder, Inception):
+            result |= inception_score(features.encoder.logits(a))
+        bar.update()
+        result |= precision_recall(a, b)
+    result |= {"images": ours["images"], "reference_images": reference["images"]} | settings
+    train_vae.record_score(folder, result)
+    if not len(b):
+        print("  note: the reference holds mean and covariance alone, which give neither KID, precision nor recall")
+    return result
+
+
+def print_range(results):
+    """Mean and range of every number over several seeds."""
+    print(f"{f'{len(results)} seeds':18}{'mean':>10}{'least':>10}{'most':>10}")
+    for key, name in train_vae.score_names(results[0]["features"]).items():
+        values = [result[key] for result in results if result.get(key) is not None]
+        if values and key != "floor":  # the reference's alone
+            print(f"{name:18}{np.mean(values):10.5g}{min(values):10.5g}{max(values):10.5g}")
+
+
+def score_sets(args, device):
+    """`--score-folder A --score B`, and `--score B --save-reference FILE` alone: no model is asked."""
+    spec, flag = (args.score_folder, "--score-folder") if args.score_folder else (args.score, "--score")
+    for name in (name for name in args.defaults if name not in OF_SETS and getattr(args, name) != args.defaults[name]):
+        given = args.run if name == "run" else f"--{name.replace('_', '-')}"
+        raise InputError(f"{flag} {spec}: images are scored as they are; leave {given} out")
+    if not args.score or (not args.score_folder and spec.endswith(".npz")):
+        raise InputError(f"{flag} {spec}: --score SPEC names the images to compare with")
+    images = Images(spec, args.size or 1, flag)
+    if images.kind == "dead-leaves" and not args.size:
+        raise InputError(f"{flag} {spec}: are of any size; --size PIXELS names one")
+    images.size = args.size or smaller_side(images)
+    check_not_enlarged(images)
+    reference = Reference(args, images.size, device)
+    statistics = reference.load()
+    if args.score_folder:
+        formats = sorted({Path(str(name)).suffix[1:].upper() for name in images.names})
+        settings = reference.settings | {"format": " ".join(formats), "folder": spec}
+        ours = extract(images, len(images), reference.features, args.batch)
+        folder = images.path.resolve().parent if images.kind == "folder" else Path()
+        score(ours, statistics, reference.features, settings, folder)
+        print(f"  saved in           {folder}/scores.jsonl")
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -362,7 +496,7 @@ def parse_classes(chosen, classes):
 
 
 def make_protocol(args, config, weights, step, dtype):
-    """What the images follow from, plain values. Raises InputError where settings do not fit the model."""
+    """What the images follow from but the seed, plain values. Raises InputError where settings do not fit the model."""
     samplers, classes = list(SAMPLERS[config["path"]]), parse_classes(args.classes, config["classes"])
     sampler = args.sampler or samplers[0]
     if sampler not in samplers:
@@ -371,12 +505,15 @@ def make_protocol(args, config, weights, step, dtype):
     if config["classes"] is None and args.guidance != 1:
         raise InputError(f"--guidance {args.guidance}: this model was trained without classes, nothing can guide it")
     if args.guidance != 1 and not config["label_dropout"]:
-        raise InputError(f"--guidance {args.guidance}: trained with --label-dropout 0, this model knows no null class")
+        raise InputError(f"--guidance {args.guidance}: trained without label dropout, this model knows no null class")
+    if args.deal == "random" and not classes:
+        raise InputError("--deal random: this model was trained without classes, there is nothing to deal")
     protocol = {"weights": train_vae.fingerprint(weights), "checkpoint_step": step, "ema": not args.no_ema}
     protocol |= {"sampler": sampler, "steps": args.steps, "guidance": args.guidance}
-    protocol |= {"guidance_interval": args.guidance_interval, "seed": args.seed}
+    protocol |= {"guidance_interval": args.guidance_interval} | ({"deal": args.deal} if classes else {})
     protocol |= {"amp": str(dtype or torch.float32).removeprefix("torch."), "classes": classes}
-    return protocol | ({"autoencoder": config["autoencoder"]} if config["space"] == "latent" else {})
+    names = {"latent": ("autoencoder", "scale", "shift"), "dct": ("eta", "snr_scale")}.get(config["space"], ())
+    return protocol | {name: config[name] for name in names if name in config}
 
 
 def folder_name(protocol, model, chosen):
@@ -386,37 +523,75 @@ def folder_name(protocol, model, chosen):
         name += "-t{:g}-{:g}".format(*protocol["guidance_interval"])
     if chosen:
         name += f"-classes{'-'.join(map(str, protocol['classes']))[:40]}"
+    name += "-random" * (protocol.get("deal") == "random")
     return name if protocol["ema"] else f"{name}-no-ema"
 
 
+@dataclasses.dataclass
+class Samples:
+    """Those of one seed: what they follow from, and where the files, the grid and the array (or None) go."""
+
+    protocol: dict
+    folder: Path
+    grid: Path
+    npz: Path | None
+
+
 def main(args):
+    # ---- set-up
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    for file in filter(None, (args.npz, args.grid)):
+    for file in filter(None, (args.npz, args.grid, args.save_reference)):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
+    if args.save_reference and not args.score:
+        raise InputError(f"--save-reference {args.save_reference}: --score SPEC names the images it is of")
     device = train_vae.choose_device(args.device)
+    if args.score_folder or (args.save_reference and not (args.run or args.ckpt)):
+        return score_sets(args, device) if rank == 0 else None
+    if args.size:
+        raise InputError(f"--size {args.size}: is for sets of images alone; a model's samples have their size")
     config, weights, step, vae = open_model(args, device)
     amp, dtype = train_vae.autocast(args.amp, device)
     protocol = make_protocol(args, config, weights, step, dtype)
     diffusion = Diffusion(config, vae=vae, amp=amp)
     train_vae.load_weights(diffusion.network, weights, args.run or args.ckpt)
     diffusion.network.to(device).eval()
-    name = folder_name(protocol, Path(args.ckpt).stem if args.ckpt else f"step{step}", args.classes)
-    folder = Path(args.out) if args.out else run_folder(args.run or args.ckpt) / "samples" / name
+    model, beside = Path(args.ckpt).stem if args.ckpt else f"step{step}", run_folder(args.run or args.ckpt) / "samples"
+    seeds, jobs = list(dict.fromkeys(args.seeds or [args.seed or 0])), []
+    for seed in seeds:  # each of several has files of its own
+        own, ending = protocol | {"seed": seed}, f"-seed{seed}" * (len(seeds) > 1)
+        folder = Path(f"{Path(args.out)}{ending}") if args.out else beside / folder_name(own, model, args.classes)
+        grid, npz = (file and Path(file).with_stem(f"{Path(file).stem}{ending}") for file in (args.grid, args.npz))
+        jobs.append(Samples(own, folder, grid or Path(f"{folder}.png"), npz))
     if args.trajectory:
+        for job in jobs if rank == 0 else ():
+            trajectory(diffusion, job.protocol, job.folder)
+        return
+    reference = Reference(args, config["size"], device) if args.score and rank == 0 else None
+
+    # ---- sample
+    for job in jobs:
+        open_folder(job.folder, job.protocol, rank)
+    # whatever is wrong with it shows before an hour of sampling; the other processes begin with that
+    statistics = reference and reference.load()
+    for job in jobs:
+        files = sample_files(diffusion, job.protocol, job.folder, args.n, args.batch, rank, world)
         if rank == 0:
-            trajectory(diffusion, protocol, folder)
+            print(f"{args.n} images in {job.folder}")
+            artefacts(collect(files, job.grid, job.npz, None if args.grid else 64), diffusion)
+    if not reference:
         return
-    if args.score and rank == 0:  # whatever is wrong with these shows before an hour of sampling
-        reference = open_reference(args.score, config["size"])
-        features = train_vae.open_features(args.features, args.features_weights, config["size"], device)
-    files = sample_files(diffusion, protocol, folder, args.n, args.batch, rank, world)
-    if rank > 0:
-        return
-    print(f"{args.n} images in {folder}")
-    collect(files, args.grid or f"{folder}.png", args.npz, None if args.grid else 64)
-    if args.score:
-        settings = {"features": args.features, "features_weights": args.features_weights} | protocol
-        score(files, reference, features, settings, device, args.batch)
+
+    # ---- score
+    results = []
+    for job in jobs:
+        images = Images(str(job.folder), config["size"], "--out")
+        if (side := smaller_side(images)) != config["size"]:
+            raise InputError(f"--out {job.folder}: images of {side} pixels, not the model's {config['size']}")
+        ours = extract(images, args.n, reference.features, args.batch)
+        settings = reference.settings | {"format": "PNG", "folder": job.folder.name} | job.protocol
+        results.append(score(ours, statistics, reference.features, settings, job.folder.parent))
+    if len(results) > 1:
+        print_range(results)
 
 
 def parse(argv=None):
@@ -424,8 +599,13 @@ def parse(argv=None):
     add = parser.add_argument
     add("run", metavar="RUN_OR_CKPT", nargs="?", help="run folder of train_diffusion.py, or a checkpoint file")
     add("--ckpt", metavar="FILE", help="instead of RUN_OR_CKPT: published weights of a DiT, SiT or U-ViT")
-    add("--model", metavar="NAME", help="their network: dit-xl/2, sit-xl/2, uvit-h/2, ...")
-    text = "the autoencoder: SD-VAE weights in their original layout for --ckpt; for a run, where its own is elsewhere"
+    add("--model", metavar="NAME", help="their network, which a DiT's and a SiT's must name: dit-xl/2, sit-xl/2")
+    trained = "that --ckpt on DCT tokens was trained with (default: as published"
+    add("--block", type=at_least(1), metavar="B", help=f"DCT block size {trained})")
+    add("--eta", type=at_least(1e-9, float), metavar="X", help=f"scale of the coefficients {trained})")
+    text = f"SNR scaling {trained} for its shapes; 4 of FFHQ 128 and 256, in the authors' first release 3 and 1)"
+    add("--snr-scale", type=at_least(1e-9, float), metavar="C", help=text)
+    text = "the autoencoder: SD-VAE weights, in any layout, for --ckpt; for a run, where its own is elsewhere"
     add("--vae", metavar="RUN_OR_FILE", help=f"{text} (default: RUN/autoencoder.pt)")
     # -n as well: on Python 3.11, torchrun takes --n for an abbreviation of its own flags
     add("-n", "--n", type=at_least(1), default=64, help="images")
@@ -434,7 +614,10 @@ def parse(argv=None):
     add("--npz", metavar="FILE", type=npz, help="one uint8 array (n, S, S, 3) as well, the ADM evaluation format")
     add("--grid", metavar="FILE", type=png, help="the grid, of all n images (default: beside --out, the first 64)")
     add("--batch", type=at_least(1), default=64, help="images at a time, in each process")
-    add("--seed", type=at_least(0), default=0, help="image i depends on (seed, i) alone")
+    add_one = parser.add_mutually_exclusive_group().add_argument
+    add_one("--seed", type=at_least(0), help="image i depends on (seed, i) alone (default: 0)")
+    several = "instead of --seed: sample, and score, each; their files end in -seedN"
+    add_one("--seeds", type=at_least(0), nargs="+", metavar="N", help=several)
     text = "; ".join(f"{path}: {', '.join(SAMPLERS[path])}" for path in ("vp", "flow"))
     add("--sampler", help=f"{text}, some leave noise, as published: README (default: the first)")
     add("--steps", type=at_least(1), default=50, help="sampler steps")
@@ -443,7 +626,16 @@ def parse(argv=None):
     add("--guidance-interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("A", "B"), help=text)
     add("--classes", nargs="+", help="names or numbers, dealt in turn (default: all)")
     add("--no-ema", action="store_true", help="sample the raw weights instead of their average")
-    add("--score", metavar="SPEC", help="Frechet distance to this data, given as train_diffusion.py's --data")
+    deal = "of classes: each in turn, or drawn for each image, as published scores often have it"
+    add("--deal", choices=("equal", "random"), default="equal", help=deal)
+    score = "score against this data, given as train_diffusion.py's --data, or against statistics in FILE.npz"
+    add("--score", metavar="SPEC", help=score)
+    add("--score-folder", metavar="SPEC", help="without a model: score these images, given likewise, against --score")
+    size = "with --score-folder: both are cropped and resized to this (default: the smaller side of its images)"
+    add("--size", type=at_least(1), metavar="PIXELS", help=size)
+    save = "write the statistics of --score, for --score FILE.npz; without a model, only that"
+    add("--save-reference", metavar="FILE", type=npz, help=save)
+    add("--cache", metavar="DIR", default="cache", help="folder where features of --score are kept")
     add("--features", default="inception", help="inception, hog or a torch.hub REPO:ENTRY")
     add("--features-weights", metavar="FILE", help="local Inception weights (default: downloaded by torch-fidelity)")
     add("--trajectory", action="store_true", help="only show one sampling run, band by band")

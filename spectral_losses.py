@@ -294,3 +294,32 @@ def directional_energy(x, bins=BINS):
     """
     energy = dct2(F.normalize(x, dim=1)).square().sum(1) * (_radius(*x.shape[-2:], x.device) > 0)  # (N, H, W)
     return _band_sums(energy, bins)[0] / (x.shape[-2] * x.shape[-1])
+
+
+# ---- patch artefacts --------------------------------------------------------------------------------------
+
+
+@in_float32
+def patch_artefacts(x, period):
+    """How much the borders of patches or blocks, `period` pixels apart, show (Wang, Bovik & Evans, ICIP 2000): power
+    of the absolute differences of neighbouring pixels at the harmonics k / period, over what a power law through the
+    two frequencies beside each of them has there, along rows and columns.
+
+    x (N, C, H, W) of any range -> scalar, of the whole batch: about 1 where nothing is periodic. It grows with the
+    number of periods in a frame: compare equal sizes. Absolute differences, since steps at borders are up as often as
+    down: a mosaic's own spectrum has zeros at these frequencies. Raises ValueError for a period below 2 or above a
+    third of a side.
+    """
+    if not 2 <= period <= min(x.shape[-2:]) // 3:
+        raise ValueError(f"period {period} must lie between 2 and a third of an image of {x.shape[-2]}x{x.shape[-1]}")
+    peaks = expected = 0
+    for field in (x, x.mT):
+        periods = field.shape[-1] // period - 1  # whole ones, around their borders: a harmonic lies in a single bin
+        steps = field.diff(dim=-1).abs()[..., period // 2 :][..., : periods * period]
+        power = torch.fft.rfft(steps).abs().square().flatten(0, -2).mean(0).clamp_min(1e-20) / periods
+        k = torch.arange(1, period // 2 + 1, device=x.device) * periods
+        below, above = power[k - 1].log(), power[torch.minimum(k + 1, periods * period - k - 1)].log()
+        peaks = peaks + power[k].sum()
+        share = ((k / (k - 1)).log() / ((k + 1) / (k - 1)).log()).to(power.dtype)
+        expected = expected + torch.lerp(below, above, share).exp().sum()
+    return peaks / expected

@@ -34,6 +34,7 @@ import scipy.fft
 import scipy.integrate
 import scipy.linalg
 import scipy.ndimage
+import scipy.spatial
 import scipy.special
 import scipy.stats
 import torch
@@ -84,7 +85,7 @@ def absent():
 @pytest.fixture(autouse=True)
 def same_every_time(monkeypatch):
     torch.manual_seed(0)  # a test that fails by chance fails always
-    monkeypatch.setattr(train_diffusion, "GRID_STEPS", 4)  # of the pictures that evaluations draw
+    monkeypatch.setattr(train_diffusion, "GRID_STEPS", 2)  # of the pictures that evaluations draw
 
 
 @pytest.fixture(scope="session")
@@ -288,6 +289,65 @@ def test_upsample_command_keeps_profile_and_orientation_and_refuses_in_a_line(tm
             upsampled(tmp_path / read, tmp_path / write, " ".join(flags))
 
 
+def test_upsampling_folders_and_zips_by_every_method_equals_pillow_and_goes_on(tmp_path, capsys):
+    rng, upsample = np.random.default_rng(0), lambda words: dct.main(dct.make_parser().parse_args(words.split()))
+    colour, deep = rng.integers(0, 256, (6, 9, 3), "u1"), rng.integers(0, 65536, (5, 4), "u2")
+    Path("in/sub").mkdir(parents=True)
+    Image.fromarray(colour).save("in/a.bmp")
+    Image.fromarray(deep).save("in/sub/deep.png")
+    for name in ("in/bad.jpg", "in/.hidden.png", "in/text.txt"):
+        Path(name).write_bytes(b"none")
+    with zipfile.ZipFile("in.zip", "w") as archive:
+        for name in ("a.bmp", "sub/deep.png", "bad.jpg", "text.txt"):
+            archive.write(f"in/{name}", name)
+        archive.writestr("../out.png", Path("in/a.bmp").read_bytes())
+    for source, method in itertools.product(("in", "in.zip"), dct.METHODS):
+        upsample(f"upsample {source} {source}-{method} --method {method}")
+        out, err = capsys.readouterr()
+        assert "2 images in" in out and "1 skipped" in out and "cannot read the image bad.jpg" in err
+        made = {file.relative_to(f"{source}-{method}").as_posix() for file in Path(f"{source}-{method}").rglob("*.*")}
+        assert made == {"a.png", "sub/deep.png"}
+        for name, pixels in (("a.png", colour), ("sub/deep.png", deep)):
+            channels = np.atleast_3d(pixels).astype("f4")
+            if method == "dct":
+                planes = [dct.upsample(torch.from_numpy(channels[..., c])) for c in range(channels.shape[2])]
+            else:
+                wide, way = (2 * pixels.shape[1], 2 * pixels.shape[0]), Image.Resampling[method.upper()]
+                planes = [Image.fromarray(channels[..., c]).resize(wide, way) for c in range(channels.shape[2])]
+            expected = np.stack([np.asarray(plane) for plane in planes], -1).clip(0, np.iinfo(pixels.dtype).max)
+            large = np.atleast_3d(Image.open(f"{source}-{method}/{name}")).astype(float)
+            if method != "dct" and name == "a.png":  # whose arithmetic of 8 bits rounds and clips in between
+                expected = np.asarray(Image.fromarray(pixels).resize(wide, way))
+            assert large.shape == expected.shape and np.abs(large - expected.round()).max() <= (method == "dct")
+    times = {file: file.stat().st_mtime_ns for file in Path("in-dct").rglob("*.png")}
+    Path("in-dct/a.png").unlink()
+    upsample("upsample in in-dct")  # only what is missing is made again
+    assert all((file.stat().st_mtime_ns == when) == (file.name == "deep.png") for file, when in times.items())
+    Path("none").mkdir()
+    Path("twins").mkdir()
+    for name in ("twins/a.png", "twins/a.jpg", "some.png"):
+        Image.fromarray(colour).save(name)
+    # other sources of the same names are other pictures, and outputs whose source is gone are no longer of it
+    upsample("upsample in changed")
+    shutil.copytree("changed", "more")
+    Image.fromarray(255 - colour).save("in/a.bmp")
+    shutil.copyfile("more/a.png", "more/sub/b.png")
+    bad = {"in changed": "changed/a.png: not made of in", "in more": "more/(a|sub/b).png: not made of in"}
+    bad |= {"some.png .": "cannot write . .*name a file that ends in .png"}
+    bad |= {
+        "in in-dct --method bicubic": "in-dct/.*not made of in by this",
+        "in in-dct --block 2": "with these settings",
+    }
+    bad |= {"in in/out": "lies in in", "in some.png": "is a file", "none out": "none: no image in it"}
+    bad |= {"twins out": "twins: has images whose names differ in the ending alone"}
+    bad |= {"some.png out.png --block 2 --method nearest": "--block 2: means nothing with --method nearest"}
+    bad |= {"in out --block 99": "none of its images"}  # of so many pixels
+    for words, message in bad.items():
+        with pytest.raises(SystemExit, match=f"^dct.py: [^\n]*{message}[^\n]*$"):
+            upsample(f"upsample {words}")
+    assert not Path("../out.png").exists()
+
+
 # ---- spectral_losses.py -----------------------------------------------------------------------------------
 
 
@@ -442,6 +502,63 @@ def test_kl_of_mean_spectra_is_the_papers():
         raw = S.compare_with_target(power["target"] / torch.arange(1, 17), power[name], 16, 16)["raw"]
         np.testing.assert_allclose(raw["target_shares"], shares["target"].numpy(), atol=1e-6)
         assert abs(raw["kl_of_mean_spectra"] - kl) < 1e-4 < 1e-3 < raw["mean_of_kls_per_image"] - kl
+
+
+def artefacts_by_loops(x, period):
+    """Wang, Bovik & Evans: differences, explicit Fourier sums, a straight line in log-log through two neighbours."""
+    peaks = expected = 0
+    for field in (x, x.swapaxes(2, 3)):
+        length = (field.shape[3] // period - 1) * period
+        at = np.arange(length)
+        lines = np.abs(np.diff(field, axis=3)).reshape(-1, field.shape[3] - 1)[:, period // 2 + at]
+        waves = np.exp(-2j * np.pi / length * np.outer(at, at))
+        power = np.mean(np.abs(lines @ waves) ** 2, 0) / length * period
+        for k in range(1, period // 2 + 1):
+            f = k * length // period
+            slope = np.log(power[f + 1] / power[f - 1]) / np.log((f + 1) / (f - 1))
+            slope = 0 if 2 * k == period else slope  # the spectrum is even about the Nyquist frequency
+            peaks, expected = peaks + power[f], expected + power[f - 1] * (f / (f - 1)) ** slope
+    return peaks / expected
+
+
+@pytest.mark.parametrize("period", [2, 3, 4, 5, 8])
+def test_patch_artefacts_equal_loops_and_a_closed_form(period, n=600):
+    x = normal(2, 3, 24, 37)
+    assert S.patch_artefacts(x, period).item() == pytest.approx(artefacts_by_loops(x.numpy(), period), rel=1e-6)
+    # differences 4 + a pattern + white noise, both ways: the pattern's Fourier power over the noise's
+    rng, sigma, side = np.random.default_rng(period), 0.5, 6 * period
+    pattern = rng.normal(0, 0.3, period)
+    steps = [4 + np.tile(pattern, 6) + sigma * rng.standard_normal((n, side)) for _ in range(2)]
+    ramps = [np.cumsum(step, 1) for step in steps]
+    images = torch.from_numpy(ramps[0][:, None, :, None] + ramps[1][:, None, None, :])
+    power = (np.abs(np.fft.rfft(pattern)) ** 2)[1:] / period**2
+    expected = 1 + 5 * period * power.sum() / (len(power) * sigma**2)
+    assert S.patch_artefacts(images, period).item() == pytest.approx(expected, rel=0.15)
+
+
+def test_patch_artefacts_are_of_grids_and_of_their_period_only():
+    pixels = np.stack([train_vae.dead_leaves(i, 64, full=True) for i in range(12)])
+    pixels = scipy.ndimage.gaussian_filter(pixels, (0, 0.7, 0.7, 0))
+
+    def jpeg(quality):
+        files = [io.BytesIO() for _ in pixels]
+        for image, file in zip(pixels, files):
+            Image.fromarray(image).save(file, "JPEG", quality=quality)
+        return torch.from_numpy(np.stack([np.asarray(Image.open(file)) for file in files])).permute(0, 3, 1, 2)
+
+    plain, meter = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1, S.patch_artefacts
+    assert all(abs(meter(plain, period).item() - 1) < 0.1 for period in (2, 3, 4, 5, 7, 8))
+    grids = [meter(jpeg(quality).float(), 8).item() for quality in (95, 50, 20, 5)]
+    assert grids == sorted(grids) and grids[0] < 1.1 and grids[2] > 1.3 and grids[3] > 2
+    assert meter(jpeg(5).float(), 7) < 1.1
+    coded = [DCTCodec(64, 4, keep, 1024.0) for keep in (16, 4, 1)]
+    grids = [meter(codec.decode(codec.encode(plain)), 4).item() for codec in coded]
+    assert grids == sorted(grids) and grids[0] < 1.1 and grids[2] > 4
+    shifted = plain + 0.1 * normal(1, 3, 4, 4).float().repeat(1, 1, 16, 16)  # the same pattern in every patch
+    assert meter(shifted, 4) > 1.5 > 1.1 > meter(shifted, 5)
+    for x, period in ((plain, 1), (plain, 22), (plain[..., :8, :], 4)):
+        with pytest.raises(ValueError, match=f"period {period} must lie between 2 and a third of an image of"):
+            meter(x, period)
 
 
 # ---- dit.py, uvit.py --------------------------------------------------------------------------------------
@@ -625,13 +742,34 @@ UVITS += [((8, 2, 4), dict(num_classes=1001, mlp_ratio=2.0), "vp-sd", 1000, 0.1)
 
 @pytest.mark.parametrize("shape, network, path, classes, dropout", UVITS)
 def test_published_uvit_is_read_off_its_keys(shape, network, path, classes, dropout):
-    published, y = randomised(UViT(*shape, 16, 4, 2, **network)), torch.tensor([3, 7]) if classes else None
+    published, y = randomised(UViT(*shape, 128, 6, 4, **network)), torch.tensor([3, 7]) if classes else None
     config, state = uvit.read_published(published.state_dict())
-    expected = dict(zip(("side", "patch", "channels"), shape), predict="eps", path=path, label_dropout=dropout)
+    expected = {"side": 8, "channels": shape[2], "predict": "eps", "path": path, "label_dropout": dropout}
+    expected["model"] = f"uvit-nano/{shape[1]}"
     assert expected.items() <= config.items() and config["classes"] == (classes and [str(i) for i in range(classes)])
-    ours, x, t = UViT(*shape, 16, 4, 2, **config["network"]), torch.randn(2, shape[2], 8, 8), torch.rand(2)
+    rows, x, t = network.get("num_classes", -1), torch.randn(2, shape[2], 8, 8), torch.rand(2)
+    ours = UViT(*shape, 128, 6, 4, num_classes=rows, **config["network"])
     ours.load_state_dict(state)
     assert torch.equal(ours(x, t, y), published(x, t, y)) and dit.read_published(state, "dit") is None
+
+
+@pytest.mark.parametrize("layout", ["SiT", "SiT without sigmas", "REPA", "older REPA"])
+def test_published_sits_are_read_off_their_keys_with_time_from_data_to_noise(layout):
+    published = randomised(DiT(8, 2, 3, num_classes=5, learn_sigma=layout == "SiT", **DIT_SIZES["nano"])).double()
+    state, x, t, y = published.state_dict(), torch.randn(4, 3, 8, 8).double(), torch.rand(4).double(), torch.arange(4)
+    output, _ = plain_dit(Weights(state), x, 1 - t if layout == "SiT" else t, y, 6, 4, 2)  # its own: noise at t = 0
+    if "REPA" in layout:
+        state = state | {"projectors.0.0.weight": torch.zeros(2)}
+    if layout == "older REPA":  # blocks after the aligned one, the third, have a list of their own
+        count = lambda key: int(key.split(".")[1]) if key.startswith("blocks.") else 0
+        renamed = lambda key: re.sub(r"^blocks.\d+", f"decoder_blocks.{count(key) - 3}", key)
+        state = {renamed(key) if count(key) > 2 else key: value for key, value in state.items()}
+        assert "decoder_blocks.2.attn.proj.bias" in state and "blocks.3.attn.proj.bias" not in state
+    config, weights = dit.read_published(state, "sit")
+    assert config["model"] == "sit-nano/2" and (config["path"], config["predict"]) == ("flow", "v")
+    ours = DiT(8, 2, 3, num_classes=5, learn_sigma=False, **DIT_SIZES["nano"]).double().eval()
+    ours.load_state_dict(weights)
+    assert (ours(x, t, y) - (-output[:, :3] if layout == "SiT" else output)).abs().max() < 1e-5
 
 
 def test_docstring_examples_do_what_they_say(hub):
@@ -665,19 +803,24 @@ def plain_vae(w, x, levels, blocks, decode):
         h = conv(f"{name}.conv2", F.silu(norm(f"{name}.norm2", h)))
         return h + (conv(f"{name}.nin_shortcut", x) if f"{name}.nin_shortcut.weight" in w else x)
 
-    def middle(x):
-        x, attention = block(f"{side}.mid.block_1", x), f"{side}.mid.attn_1"
-        h = norm(f"{attention}.norm", x)
-        q, k, v = (conv(f"{attention}.{p}", h).flatten(2) for p in "qkv")
+    def attend(name, x):
+        if f"{name}.norm.weight" not in w:
+            return x
+        h = norm(f"{name}.norm", x)
+        q, k, v = (conv(f"{name}.{p}", h).flatten(2) for p in "qkv")
         weights = torch.softmax(torch.einsum("nci,ncj->nij", q, k) / q.shape[1] ** 0.5, 2)
-        h = torch.einsum("nij,ncj->nci", weights, v).view(x.shape)
-        return block(f"{side}.mid.block_2", x + conv(f"{attention}.proj_out", h))
+        return x + conv(f"{name}.proj_out", torch.einsum("nij,ncj->nci", weights, v).view(x.shape))
+
+    def middle(x):
+        x = attend(f"{side}.mid.attn_1", block(f"{side}.mid.block_1", x))
+        return block(f"{side}.mid.block_2", x)
 
     x = conv(f"{side}.conv_in", conv("post_quant_conv", x) if decode else x)
     x = middle(x) if decode else x
     for i in reversed(range(levels)) if decode else range(levels):
         for j in range(blocks + decode):
-            x = block(f"{side}.{'up' if decode else 'down'}.{i}.block.{j}", x)
+            level = f"{side}.{'up' if decode else 'down'}.{i}"
+            x = attend(f"{level}.attn.{j}", block(f"{level}.block.{j}", x))
         if decode and i:
             x = conv(f"decoder.up.{i}.upsample.conv", x.repeat_interleave(2, 2).repeat_interleave(2, 3))
         elif not decode and i < levels - 1:
@@ -687,14 +830,15 @@ def plain_vae(w, x, levels, blocks, decode):
 
 
 @torch.no_grad()
-def test_vae_equals_plain_steps_which_use_the_published_keys():
-    net, x = randomised(vae.VAE((32, 64, 32), 5, 2)).double(), normal(2, 3, 12, 20)
+@pytest.mark.parametrize("attention", [(), (1, 2)])
+def test_vae_equals_plain_steps_which_use_the_published_keys(attention):
+    net, x = randomised(vae.VAE((32, 64, 32), 5, 2, attention)).double(), normal(2, 3, 12, 20)
     (mean, logvar), w = net.encode(x), Weights(net.state_dict())
     oracle = plain_vae(w, x, 3, 2, decode=False)
     assert mean.shape == logvar.shape == (2, 5, 3, 5)
     np.testing.assert_allclose(torch.cat((mean, logvar), 1).numpy(), oracle.clamp(None, 20).numpy(), atol=1e-9)
     np.testing.assert_allclose(net.decode(mean), plain_vae(w, mean, 3, 2, decode=True), atol=1e-9)
-    assert w.read == set(w)
+    assert w.read == set(w) and sum(".attn.0." in key for key in w) == 20 * len(attention)
 
 
 def test_presets_have_their_published_sizes_and_published_autoencoders_are_read_off_their_keys():
@@ -703,18 +847,268 @@ def test_presets_have_their_published_sizes_and_published_autoencoders_are_read_
         with torch.device("meta"):
             net = vae.VAE(**preset)
         assert name not in counts or sum(p.numel() for p in net.parameters()) == counts[name]
-        assert name in ("tiny", f"f{net.factor}d{net.latent_channels}")
-        assert vae.read_published(net.state_dict())[0] == {"num_res_blocks": 2} | preset
+        assert name in ("tiny", "vavae", f"f{net.factor}d{net.latent_channels}")
+        assert vae.read_published(net.state_dict())[0] == {"num_res_blocks": 2, "attention": ()} | preset
     state, unused = net.state_dict(), {"loss.logvar": 0, "model.diffusion_model.x": 0}
     inside = {f"first_stage_model.{key}": value for key, value in state.items()}
     for published in ({"state_dict": state | unused, "global_step": 5}, {"state_dict": inside | unused}):
         shape, ours = vae.read_published(published)
-        assert shape == {"num_res_blocks": 2} | preset and ours.keys() == state.keys()
+        assert shape == {"num_res_blocks": 2, "attention": ()} | preset and ours.keys() == state.keys()
         assert all(ours[key] is value for key, value in state.items())
-    diffusers = {"encoder.down_blocks.0.resnets.0.conv1.weight": 1, "post_quant_conv.weight": torch.zeros(4, 4, 1, 1)}
-    for other, message in ((diffusers, " .*diffusers' layout"), ({"encoder.conv_in.weight": torch.zeros(1)}, "")):
-        with pytest.raises(ValueError, match=f"original layout{message}"):
-            vae.read_published(other)
+    with pytest.raises(ValueError, match="original layout"):
+        vae.read_published({"encoder.conv_in.weight": torch.zeros(1)})
+
+
+def diffusers_names(levels, blocks, attention, old):
+    """(diffusers' name, the original one) of every module with weights."""
+    linear = "query key value proj_attn" if old else "to_q to_k to_v to_out.0"
+    yield from ((name, name) for name in ("quant_conv", "post_quant_conv"))
+    for side, tower, count in (("encoder", "down", blocks), ("decoder", "up", blocks + 1)):
+        resnets = [(f"mid_block.resnets.{k}", f"mid.block_{k + 1}") for k in (0, 1)]
+        attentions = [("mid_block.attentions.0", "mid.attn_1")]
+        for i in range(levels):
+            theirs, ours = f"{tower}_blocks.{i if tower == 'down' else levels - 1 - i}", f"{tower}.{i}"
+            resnets += [(f"{theirs}.resnets.{j}", f"{ours}.block.{j}") for j in range(count)]
+            attentions += [(f"{theirs}.attentions.{j}", f"{ours}.attn.{j}") for j in range(count) if i in attention]
+            yield f"{side}.{theirs}.{tower}samplers.0.conv", f"{side}.{ours}.{tower}sample.conv"
+        pairs = [(name, name) for name in ("conv_in", "conv_out")] + [("conv_norm_out", "norm_out")]
+        same = [(name, name) for name in ("norm1", "conv1", "norm2", "conv2")] + [("conv_shortcut", "nin_shortcut")]
+        inner = [("group_norm", "norm"), *zip(linear.split(), ("q", "k", "v", "proj_out"))]
+        pairs += [(f"{a}.{x}", f"{b}.{y}") for a, b in resnets for x, y in same]
+        pairs += [(f"{a}.{x}", f"{b}.{y}") for a, b in attentions for x, y in inner]
+        yield from ((f"{side}.{theirs}", f"{side}.{ours}") for theirs, ours in pairs)
+
+
+def as_diffusers(state, levels, blocks, attention=(), old=False):
+    """A state dict in the original layout by diffusers' names, its attention linear."""
+    made = {}
+    for theirs, ours in diffusers_names(levels, blocks, attention, old):
+        for end in ("weight", "bias"):
+            if (value := state.get(f"{ours}.{end}")) is not None:
+                linear = ".attentions." in theirs and value.ndim == 4
+                made[f"{theirs}.{end}"] = value[:, :, 0, 0] if linear else value
+    assert len(made) == len(state)
+    return made
+
+
+def as_safetensors(state, pad=0):
+    """The bytes of a file of safetensors, written by hand."""
+    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    header, parts, end = {"__metadata__": {"format": "pt"}}, [], 0
+    for key, value in sorted(state.items()):
+        parts.append(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        offsets, end = [end, end + len(parts[-1])], end + len(parts[-1])
+        header[key] = {"dtype": names[value.dtype], "shape": list(value.shape), "data_offsets": offsets}
+    text = json.dumps(header).encode() + b" " * pad
+    return struct.pack("<Q", len(text)) + text + b"".join(parts)
+
+
+def open_autoencoder(path):
+    return train_vae.load_autoencoder(path, "cpu")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", [(), (1, 2)])
+def test_autoencoders_open_in_every_layout_and_serialisation(attention):
+    """Outputs equal to the bit, and the same hash: keys of the original, of diffusers old and new, alone and within."""
+    net, x = randomised(vae.VAE((32, 64, 64), 4, 1, attention)).eval(), photos(2, 16)
+    state = net.state_dict()
+    layouts = {"original": state, "within": {f"first_stage_model.{key}": value for key, value in state.items()}}
+    layouts |= {f"diffusers-{old}": as_diffusers(state, 3, 1, attention, old) for old in (False, True)}
+    within = {"within": "state_dict", "original": "model"}  # of some files
+    for dtype in (torch.float32, torch.float16, torch.bfloat16) if attention else (torch.float32,):
+        rounded, hashes = copy.deepcopy(net).to(dtype).float(), set()
+        for pad, (name, layout) in enumerate(layouts.items()):
+            layout = {key: value.to(dtype) for key, value in layout.items()}
+            torch.save({within[name]: layout, "epoch": 3} if name in within else layout, f"{name}.bin")
+            Path(f"{name}.safetensors").write_bytes(as_safetensors(layout, pad))  # aligned and not
+            for file in (f"{name}.bin", f"{name}.safetensors"):
+                ours, info = train_vae.load_autoencoder(file, "cpu")
+                mean, logvar = ours.encode(x)
+                assert distance((mean, logvar), rounded.encode(x)) == 0
+                assert distance(ours.decode(mean), rounded.decode(mean)) == 0
+                assert ours.latent_channels == 4 and info["config"]["attention"] == attention
+                assert {p.dtype for p in ours.parameters()} == {torch.float32}
+                hashes.add(info["weights"])
+        assert len(hashes) == 1
+    if not attention:
+        return
+    looking(f"--spectrum original.bin diffusers-True.safetensors --data {write_photos('p', 4)} --out s --size 16")
+    results = json.loads(Path("s/spectrum.json").read_text())
+    assert list(results) == ["original", "diffusers-True"] and distance(*results.values()) < 1e-3  # bf16 both
+
+
+DIFFUSERS_KEYS = """
+encoder.conv_in.weight (128, 3, 3, 3) encoder.conv_in.weight
+encoder.down_blocks.0.resnets.1.norm2.bias (128,) encoder.down.0.block.1.norm2.bias
+encoder.down_blocks.1.resnets.0.conv_shortcut.weight (256, 128, 1, 1) encoder.down.1.block.0.nin_shortcut.weight
+encoder.down_blocks.2.downsamplers.0.conv.weight (512, 512, 3, 3) encoder.down.2.downsample.conv.weight
+encoder.mid_block.attentions.0.group_norm.weight (512,) encoder.mid.attn_1.norm.weight
+encoder.mid_block.attentions.0.to_q.weight (512, 512) encoder.mid.attn_1.q.weight
+decoder.mid_block.attentions.0.key.weight (512, 512) decoder.mid.attn_1.k.weight
+decoder.mid_block.attentions.0.proj_attn.bias (512,) decoder.mid.attn_1.proj_out.bias
+encoder.mid_block.attentions.0.to_out.0.weight (512, 512) encoder.mid.attn_1.proj_out.weight
+encoder.mid_block.resnets.1.conv2.weight (512, 512, 3, 3) encoder.mid.block_2.conv2.weight
+encoder.conv_norm_out.weight (512,) encoder.norm_out.weight
+encoder.conv_out.weight (8, 512, 3, 3) encoder.conv_out.weight
+decoder.up_blocks.0.resnets.2.conv1.weight (512, 512, 3, 3) decoder.up.3.block.2.conv1.weight
+decoder.up_blocks.0.upsamplers.0.conv.bias (512,) decoder.up.3.upsample.conv.bias
+decoder.up_blocks.1.resnets.0.conv1.weight (512, 512, 3, 3) decoder.up.2.block.0.conv1.weight
+decoder.up_blocks.2.resnets.0.conv_shortcut.weight (256, 512, 1, 1) decoder.up.1.block.0.nin_shortcut.weight
+decoder.up_blocks.3.resnets.0.conv1.weight (128, 256, 3, 3) decoder.up.0.block.0.conv1.weight
+"""  # of sd-vae-ft-mse and its older files, in diffusers' layout and in the original one
+
+
+def test_keys_of_diffusers_are_the_published_ones():
+    rows = [re.fullmatch(r"(\S+) \((.*)\) (\S+)", row).groups() for row in DIFFUSERS_KEYS.split("\n")[1:-1]]
+    shapes = {theirs: [int(n) for n in shape.split(",") if n] for theirs, shape, _ in rows}
+    ours = vae.from_diffusers({key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
+    assert list(ours) == [key for *_, key in rows]
+    with torch.device("meta"):
+        published = vae.VAE(**vae.PRESETS["f8d4"]).state_dict()
+    assert all(published[key].shape == value.shape for key, value in ours.items())
+
+
+@torch.no_grad()
+def test_folders_of_diffusers_open_with_what_their_config_says():
+    net = randomised(vae.VAE((32, 64), 4, 1)).eval()
+    bare = {key: value for key, value in net.state_dict().items() if "quant_conv" not in key}
+    state = as_diffusers(bare, 2, 1)
+    config = {"_class_name": "AutoencoderKL", "use_quant_conv": False, "use_post_quant_conv": False}
+    net.quant_conv, net.post_quant_conv = torch.nn.Identity(), torch.nn.Identity()
+    (mean, std), x, scale = ([0.1, -0.2, 0.3, 0.0], [0.5, 1.0, 2.0, 4.0]), photos(2, 16), 1.5305
+    cases = {"absent": ({}, 0.18215, 0.0), "sd3": ({"scaling_factor": scale, "shift_factor": 0.0609}, scale, 0.0609)}
+    values = {"scaling_factor": scale, "shift_factor": None, "latents_mean": mean, "latents_std": std}
+    cases |= {"by channel": (values, [scale / s for s in std], mean)}
+    for name, (more, scale, shift) in cases.items():
+        folder = Path(name, "vae")  # as a pipeline's
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(config | more))
+        torch.save(state, folder / "diffusion_pytorch_model.bin")
+        (folder / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"not this one")
+        for path in (folder.parent, folder, folder / "diffusion_pytorch_model.bin"):
+            ours, info = train_vae.load_autoencoder(path, "cpu")
+            assert distance(ours.encode(x)[0], net.encode(x)[0]) == 0 and info["config"]["shift"] == shift
+            assert np.allclose(info["config"]["scale"], scale) and train_vae.name_of(folder) == "vae"
+    config = config | {"scaling_factor": 0.5, "latents_mean": mean}
+    bad = {"use_quant_conv": (True, "has no quant_conv"), "norm_num_groups": (16, "norm_num_groups to 16; it is 32")}
+    bad |= {"latents_std": ([1.0, 2.0], "do not fit 4 channels"), "act_fn": ("gelu", "act_fn to gelu")}
+    bad |= {"scaling_factor": (-1, "the scales positive"), "shift_factor": ("x", "do not fit")}
+    for key, (value, message) in bad.items():
+        (folder / "config.json").write_text(json.dumps(config | {key: value}))
+        refuses(open_autoencoder, {str(folder): message})
+    for text, message in {"{": "cannot be read as JSON", '{"_class_name": "UNet2DConditionModel"}': ""}.items():
+        (folder / "config.json").write_text(text)
+        if message:
+            refuses(open_autoencoder, {str(folder): message})
+    assert "scale" not in train_vae.load_autoencoder(folder, "cpu")[1]["config"]  # another network's says nothing
+    (folder / "diffusion_pytorch_model.bin").unlink()
+    refuses(open_autoencoder, {str(folder): "text, no weights"})
+
+
+def lying(**entries):
+    """A file of safetensors that holds 24 bytes, with this header."""
+    whole = {"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}
+    whole |= {"b": {"dtype": "F16", "shape": [4], "data_offsets": [16, 24]}}
+    text = json.dumps({key: value for key, value in (whole | entries).items() if value is not None}).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(range(24))
+
+
+def entry(dtype="F32", shape=(2, 2), offsets=(0, 16), **more):
+    return {"a": {"dtype": dtype, "shape": shape, "data_offsets": offsets} | more}
+
+
+LIES = {  # bytes -> what is said of them
+    "lying()[:-1]": "24 bytes of tensors announced, 23 there",
+    "lying() + b' '": "24 bytes of tensors announced, 25 there",
+    "lying()[:40]": "a header of 128 bytes in a file of 40",
+    "struct.pack('<Q', 2**55) + b'{}'": "a header of 36028797018963968 bytes in a file of 10",
+    "struct.pack('<Q', 2**30) + b'{' + bytes(9)": "a header of 1073741824 bytes",
+    "struct.pack('<Q', 3) + b'{,}'": "no JSON",
+    "struct.pack('<Q', 2) + b'{\\xff'": "no JSON",
+    "struct.pack('<Q', 80000) + b'{' + b'[' * 79999": "no JSON",
+    "lying(a=None)": "'b' begins at byte 16, the tensors before it end at 0",
+    "lying(b=None)": "16 bytes of tensors announced, 24 there",
+    "lying(**entry(offsets=(0, 20), shape=(5,)))": "'b' begins at byte 16, .* end at 20",
+    "lying(**entry(offsets=(8, 24)))": "'a' begins at byte 8",
+    "lying(**entry(offsets=(16, 0)))": "'a', .* takes 16 bytes, not .16, 0",
+    "lying(**entry(offsets=(-16, 0)))": "'a' has the offsets .-16, 0",
+    "lying(**entry(offsets=(0, 16, 24)))": "'a' has the offsets",
+    "lying(**entry(offsets=(0, 16.0)))": "'a' has the offsets",
+    "lying(**entry(offsets=(0, 2**70), shape=(2**68,)))": "'a' has the shape",
+    "lying(**entry(offsets=None))": "'a' has the offsets None",
+    "lying(**entry(shape=(-2, -2)))": "'a' has the shape",
+    "lying(**entry(shape=(True, 4)))": "'a' has the shape",
+    "lying(**entry(shape='4'))": "'a' has the shape '4'",
+    "lying(**entry(shape=(2, 3)))": "'a', .2, 3. of F32, takes 24 bytes",
+    "lying(**entry(dtype='F64'))": "of F64, takes 32 bytes",
+    "lying(**entry(dtype='F33'))": "'a' has the dtype 'F33'",
+    "lying(**entry(dtype=['F32']))": "'a' has the dtype",
+    "lying(a=3)": "'a' has the dtype None",
+    "lying(__metadata__={'n': 1})": "__metadata__ is no text",
+    "lying(__metadata__=[])": "__metadata__ is no text",
+}
+
+
+def test_safetensors_are_read_exactly_and_lies_refused_in_a_line():
+    Path("true").write_bytes(lying(none={"dtype": "I64", "shape": [0, 3], "data_offsets": [24, 24]}))
+    state, data = train_vae.load_plain("true"), bytes(range(24))
+    assert np.array_equal(state["a"], np.frombuffer(data[:16], np.float32).reshape(2, 2))
+    assert np.array_equal(state["b"], np.frombuffer(data[16:], np.float16)) and state["none"].shape == (0, 3)
+    state["a"].zero_()  # what was read can be trained on; the file stays
+    assert Path("true").read_bytes()[-24:] == data
+    for expression, message in LIES.items():
+        Path("lie").write_bytes(eval(expression))
+        refuses(train_vae.load_plain, {"lie": f"^lie: safetensors with a false header.*{message}"})
+
+
+def test_what_a_file_seems_to_be_is_said_in_a_line():
+    net = vae.VAE((32, 64), 4, 1)
+    state = net.state_dict()
+    torch.save(state, "whole.pt")
+    whole = Path("whole.pt").read_bytes()
+    contents = {b"": "is empty", b"\n<!DOCTYPE html><html>": "a web page", b"<?xml": "a web page", b"hi": "text, no"}
+    contents |= {b"version https://git-lfs.github.com/spec/v1\noid": "git lfs pull", b'{"a": 1, "b": {}}': "JSON"}
+    contents |= {whole[: len(whole) // 2]: "half a download", as_safetensors(state)[:-9]: "not all of the file"}
+    contents |= {b"\x80\x02}q\x00(": "cannot be read", bytes(99): "refused"}
+    for content, message in contents.items():
+        Path("file.bin").write_bytes(content)
+        refuses(open_autoencoder, {"file.bin": f"^file.bin: .*{message}"})
+    os.rename("whole.pt", "whole.safetensors")  # the content says what it is, not the name
+    assert distance(open_autoencoder("whole.safetensors")[0].state_dict(), state) == 0
+    lacking = {key: value for key, value in state.items() if "mid.attn_1.q" not in key}
+    other = state | {"decoder.norm_out.weight": torch.zeros(5)}
+    strange = {key: value for key, value in state.items() if not key.startswith("encoder.down.0")}
+    half = as_diffusers(state, 2, 1) | {"encoder.down_blocks.0.resnets.0.conv1.weight": torch.zeros(2, 2)}
+    keys = {"blocks.0.attn.to_q.lora_A.weight": "a LoRA", "down_blocks.0.attentions.0.transformer_blocks.0.x": "UNet"}
+    keys |= {"model.diffusion_model.out.0.bias": "whole Stable", "Mixed_5b.branch1x1.conv.weight": "Inception"}
+    keys |= {"features.0.weight": "VGG-16", "lin0.model.1.weight": "LPIPS", "some.key": "nothing known here"}
+    cases = [({key: torch.zeros(1)}, word) for key, word in keys.items()]
+    uvits = UViT(8, 2, 4, **UVIT_SIZES["nano"]), UViT(num_tokens=16, token_dim=24, **UVIT_SIZES["nano"])
+    cases += [(uvits[0].state_dict(), "a U-ViT "), ({"model": uvits[1].state_dict()}, "DCTdiff's U-ViT")]
+    cases += [({"ema": DiT(8, 2, 4, **DIT_SIZES["nano"]).state_dict()}, "a DiT or a SiT")]
+    cases += [(lacking, "Missing key.*encoder.mid.attn_1.q.weight"), (other, "size mismatch for decoder.norm_out")]
+    cases += [(strange, "no 'encoder.down.0.block.0.conv1.weight'.*original layout "), ({}, "is empty")]
+    cases += [({"encoder.down_blocks.0.x": torch.zeros(1)}, "diffusers' layout "), ([1], "is empty")]
+    cases += [({1: torch.zeros(1)}, "nothing known here"), ({"state_dict": torch.zeros(1)}, "nothing known here")]
+    cases += [({"config": 1, "model": {}, "ema": None, "step": 0}, "")]
+    cases += [(half, "widths .2, 64. must be"), (state | {"decoder.conv_in.weight": torch.zeros(())}, "neither")]
+    for content, message in cases:
+        torch.save(content, "file.pt")
+        refuses(open_autoencoder, {"file.pt": f"^file.pt: .*{message}"})
+
+
+def test_checkpoints_of_lightning_open_without_their_objects(monkeypatch):
+    """Beside the weights, Stable Diffusion's and latent diffusion's .ckpt hold a callback's class and numpy scalars."""
+    net, name = vae.VAE((32,), 4, 1), "pytorch_lightning.callbacks.model_checkpoint"
+    callback = type("ModelCheckpoint", (), {"__module__": name})
+    for module in ("pytorch_lightning", name):  # pickle imports both
+        monkeypatch.setitem(sys.modules, module, type("Module", (), {"ModelCheckpoint": callback}))
+    rest = {"callbacks": {callback: {"best_model_score": np.float64(0.5)}}, "lr_schedulers": [callback()]}
+    torch.save(rest | {"global_step": 3, "state_dict": net.state_dict()}, "model.ckpt")
+    torch.save(rest | {"code": Path("x")}, "code.ckpt")
+    assert distance(net.state_dict(), open_autoencoder("model.ckpt")[0].state_dict()) == 0
+    refuses(open_autoencoder, {"code.ckpt": "refused, it holds more than tensors"})
 
 
 def test_psnr_and_ssim_equal_numpy_and_scipy():
@@ -729,6 +1123,24 @@ def test_psnr_and_ssim_equal_numpy_and_scipy():
     oracle = (2 * ma * mb + 6.5025) * (2 * cov + 58.5225) / ((ma**2 + mb**2 + 6.5025) * (va + vb + 58.5225))
     np.testing.assert_allclose(vae.ssim(x, y).numpy(), oracle.mean((1, 2, 3)), rtol=1e-9)
     assert vae.ssim(x, x).min() > 0.9999
+
+
+def test_statistics_of_latents_equal_numpys_over_drawn_latents():
+    """Means and variances per channel, and the principal components of the channels, by many draws of the posterior."""
+    rng, statistics, drawn = np.random.default_rng(0), vae.LatentStatistics(), []
+    mix = rng.normal(size=(4, 4))
+    for n in (3, 5):
+        mean = torch.from_numpy(np.einsum("cd,ndhw->nchw", mix, rng.normal(size=(n, 4, 6, 6))) + 2.0)
+        logvar = torch.from_numpy(rng.normal(size=(n, 4, 6, 6)) - 1)
+        statistics.add(mean, logvar)
+        noise = rng.normal(size=(2000, *mean.shape))
+        drawn.append((mean.numpy() + np.exp(logvar.numpy() / 2) * noise).transpose(2, 0, 1, 3, 4).reshape(4, -1))
+    z, result = np.concatenate(drawn, 1), statistics.result()
+    assert np.allclose(result["mean"], z.mean(1), atol=0.01)
+    assert np.allclose(result["channel_std"], z.std(1), rtol=0.01)
+    assert abs(result["std"] - z.std()) < 0.02 and result["scale"] == 1 / result["std"]
+    shares = np.linalg.svd(z - z.mean(1, keepdims=True), full_matrices=False)[1] ** 2
+    assert np.allclose(result["eigenspectrum"], shares / shares.sum(), atol=0.005)
 
 
 def test_discriminator_and_its_losses():
@@ -871,21 +1283,92 @@ def test_an_encoder_that_cannot_be_loaded_is_one_line_with_its_remedy(hub, tmp_p
             repa.load_encoder(spec)
 
 
-def test_inception_equals_torch_fidelitys(tmp_path, monkeypatch):
+def test_inception_equals_torch_fidelitys(tmp_path, monkeypatch, capsys):
     from torch_fidelity import feature_extractor_inceptionv3 as published
 
     with monkeypatch.context() as patched:  # random weights instead of those it downloads
         patched.setattr(published.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
         patched.setattr(published, "load_state_dict_from_url", lambda *a, **k: {})
-        oracle = published.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+        oracle = published.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
     torch.save(oracle.state_dict(), "inception.pth")
-    tokens, summary = repa.load_encoder("inception", weights="inception.pth")(photos(2, 48))
-    assert torch.equal(summary, oracle(((photos(2, 48) + 1) * 127.5).round().byte())[0]) and summary.std() > 0
+    encoder = repa.load_encoder("inception", weights="inception.pth")
+    tokens, summary = encoder(photos(2, 48))
+    features, logits = oracle(((photos(2, 48) + 1) * 127.5).round().byte())
+    assert torch.equal(summary, features) and summary.std() > 0
+    torch.testing.assert_close(encoder.logits(summary), logits)
+    monkeypatch.setattr(sample, "frechet_distance", lambda a, b: 7.0)  # of 2,048 features it takes long
+    sets = ({"images": n, "features": 9 * normal(n, 2048).relu().float()} for n in (40, 30))
+    score = sample.score(*sets, SimpleNamespace(encoder=encoder, device="cpu"), {"features": "inception"}, ".")
+    p = F.softmax(9 * normal(40, 2048).relu() @ oracle.fc.weight.double().mT, 1)
+    p = p[np.random.RandomState(2020).permutation(40)].view(10, 4, -1)
+    oracle = (p * (p / p.mean(1, keepdim=True)).log()).sum(2).mean(1).exp().mean().item()
+    assert score["inception_score"] == pytest.approx(oracle, rel=1e-3) and oracle > 1.1
+    rows = r"FID +7 +40 +30\n(.*\n)*KID .*15\nInception Score .* 40 +- +\S+  10 splits\n"
+    assert re.search(rows, capsys.readouterr().out)
     assert tokens.shape == (2, 1, 2048) and torch.equal(tokens[:, 0], summary)
     Path("junk.pth").write_bytes(b"junk")
     for file in ("junk.pth", "absent.pth"):
         with pytest.raises(ValueError, match="could not be loaded .*--features-weights FILE"):
             repa.load_encoder("inception", weights=file)
+
+
+def frechet_by_hand(a, b):
+    """Of features (n, D), by the square root of a matrix, which torch-fidelity does not take."""
+    (mu1, s1), (mu2, s2) = ((np.mean(x, 0), np.cov(x, rowvar=False)) for x in (np.float64(a), np.float64(b)))
+    return ((mu1 - mu2) ** 2).sum() + np.trace(s1 + s2 - 2 * scipy.linalg.sqrtm(s1 @ s2).real)
+
+
+def test_scores_equal_their_definitions_by_loops():
+    a, b = (1.5 * normal(23, 5) + 1).float(), normal(31, 5, seed=1).float()
+    assert repa.frechet_distance(a, b) == pytest.approx(frechet_by_hand(a, b))
+    assert repa.frechet_distance(repa.statistics(a), repa.statistics(b)) == repa.frechet_distance(a, b)
+    # subsets are drawn at random, so that their mean tends to the unbiased estimate from all pairs
+    kernel = lambda x, y: (float(x.double() @ y.double()) / 5 + 1) ** 3
+    within = (np.mean([kernel(x, y) for x, y in itertools.permutations(z, 2)]) for z in (a, b))
+    full = sum(within) - 2 * np.mean([kernel(x, y) for x in a for y in b])
+    kid = repa.kernel_distance(a, b)
+    assert kid["kid_subset_size"] == 11 and abs(kid["kid"] - full) < 4 * kid["kid_std"] / 10
+    # the ball of every point reaches its third neighbour
+    within = lambda x, y: np.mean([any(scipy.spatial.distance.cdist(y, [p]) <= radii(y)) for p in x])
+    radii = lambda y: np.sort(scipy.spatial.distance.cdist(y, y), 1)[:, 3:4]
+    x, y = a.double().numpy(), b.double().numpy()
+    assert repa.precision_recall(a, b) == pytest.approx({"precision": within(x, y), "recall": within(y, x)}, abs=1e-6)
+    assert 0 < within(x, y) < 1 and 0 < within(y, x) < 1
+    # exp(entropy of the mean - mean entropy), in ten parts of a shuffled set
+    logits = 2 * normal(43, 7)
+    p = scipy.special.softmax(logits.numpy()[np.random.RandomState(2020).permutation(43)], 1)
+    parts = [p[k * 43 // 10 : (k + 1) * 43 // 10] for k in range(10)]
+    entropy = functools.partial(scipy.stats.entropy, axis=-1)
+    scores = [np.exp(entropy(part.mean(0)) - entropy(part).mean()) for part in parts]
+    inception = {"inception_score": np.mean(scores), "inception_score_std": np.std(scores)}
+    assert repa.inception_score(logits.float()) == pytest.approx(inception, rel=1e-5)
+
+
+def test_scores_of_gaussians_are_their_closed_forms(monkeypatch):
+    """x ~ N(0, I) and y ~ N(m, 4 I) in four dimensions."""
+    monkeypatch.setattr(repa, "KID_SUBSET", 100)
+    m, d = torch.tensor([1.0, 0.5, 0, -0.5]), 4
+    x, y = normal(20_000, d).float(), (2 * normal(20_000, d, seed=1) + m).float()
+    square = (m @ m).item()
+    assert repa.frechet_distance(x, y) == pytest.approx(square + d, rel=0.02)
+
+    def third_moment(a, b, s, t):  # E[(u.v / d + 1)^3], u ~ N(a, s I), v ~ N(b, t I): the moments of u.v
+        aa, bb, ab = a @ a, b @ b, a @ b
+        second = ab**2 + t * aa + s * bb + s * t * d
+        third = ab**3 + 3 * ab * (s * bb + t * aa + s * t * (d + 2))
+        return (third / d**3 + 3 * second / d**2 + 3 * ab / d + 1).item()
+
+    nil = torch.zeros(d)
+    expected = third_moment(nil, nil, 1, 1) + third_moment(m, m, 4, 4) - 2 * third_moment(nil, m, 1, 4)
+    kid = repa.kernel_distance(x, y)
+    assert kid["kid_subset_size"] == 100 and abs(kid["kid"] - expected) < 5 * kid["kid_std"] / 10
+    same = repa.kernel_distance(x[::2], x[1::2])  # unbiased: 0 in the mean, where the Frechet distance is above it
+    assert abs(same["kid"]) < 4 * same["kid_std"] / 10
+    assert all(share > 0.9 for share in repa.precision_recall(x[:1000], x[1000:3000]).values())
+    assert repa.precision_recall(x[:1000], x[1000:3000] + 100) == {"precision": 0, "recall": 0}
+    few = [{**repa.kernel_distance(x[:n], y), **repa.precision_recall(x[:n], y)} for n in (0, 2, 3)]
+    assert few == [{"kid": None, "precision": None, "recall": None}] * 3
+    assert repa.inception_score(x[:19]) == {"inception_score": None} and repa.kernel_distance(x[:4], y)["kid"] > 0
 
 
 def test_principal_colours():
@@ -947,6 +1430,9 @@ REFUSED = {  # what does not fit a component -> a word of the reason
     "repa.dog_target(torch.zeros(1, 60, 3), 0, 1)": "60 tokens form no square",
     "dit.read_published({'x_embedder.proj.weight': torch.zeros(8, 4, 2, 2)}, 'sit')": "no whole sit's .*final_layer",
     "uvit.read_published({'patch_embed.proj.weight': torch.zeros(8, 4, 2, 2)})": "no whole uvit's .*mid_block",
+    "uvit.read_published({'proj.weight': torch.zeros(8, 24)})": "no whole uvit's .*mid_block",
+    "uvit.read_published(NETWORKS['uvit tokens']().state_dict())": "16 wide and 4 blocks deep",
+    "dit.read_published(NETWORKS['dit maps']().state_dict(), 'dit')": "16 wide and 4 blocks deep",
 }
 
 
@@ -1468,6 +1954,45 @@ def test_n_and_n_steps_equal_2n_bit_for_bit_and_runs_share_decoded_images(data, 
     assert len(losses[0]) == 8 and losses[0] == losses[1]
 
 
+def test_a_run_begins_with_the_weights_of_another(trained, autoencoders, data, capsys):
+    shutil.copytree(trained, "base")
+    flat = write_photos("flat", 8)
+    still = "--lr 0 --steps 1"  # leaves the weights as they began
+    train(f"--data {data} --out new {still} --init base")
+    old, new = checkpoint(trained), checkpoint("new")
+    assert distance(old["ema"], new["model"]) == distance(old["ema"], new["ema"]) == 0
+    assert distance(old["ema"], old["model"]) > 0
+    assert new["step"] == new["optimizer"]["state"][0]["step"] == 1
+    assert re.search("^init     base, dit-nano, step 12$", capsys.readouterr().out, re.M)
+    # a head that differs is named, and left fresh where asked for
+    table, unlike = "y_embedder.embedding_table.weight", f"--data {flat} --init base/checkpoint.pt"
+    differs = rf"1 of 72 .*{table} \(4, 128\) there, none here\); .*--init-partial"
+    refuses(train, {f"{unlike} --out other {still}": differs})
+    train(f"{unlike} --out other {still} --init-partial --predict v")
+    other, out = checkpoint("other")["model"], capsys.readouterr().out
+    assert distance(other, {key: value for key, value in old["ema"].items() if key != table}) == 0
+    assert re.search(f"1 of 72 tensors differ and stay new: {table}", out)
+    etas = [f"{state['config']['eta']:.1f}" for state in (old, checkpoint("other"))]
+    assert "trained otherwise: predict x0 there, v here; eta {} there, {} here".format(*etas) in out
+    train(f"--data {data} --out fresh {still} --keep 12")
+    train(f"--data {data} --out wide {still} --keep 12 --init base --init-partial")
+    wide, fresh = checkpoint("wide")["model"], checkpoint("fresh")["model"]
+    assert "x_embedder.proj.weight (128, 54) there, (128, 72) here" in capsys.readouterr().out
+    new = {"x_embedder.proj.weight", "final_layer.linear.weight", "final_layer.linear.bias"}
+    assert not any(distance(wide[key], (fresh if key in new else old["ema"])[key]) for key in wide)
+    # resuming reads it no more; which it was binds, not where it lies
+    shutil.rmtree("base")
+    bad = {f"--init {trained}": "--init base there, run now", "": "--init base there, None now"}
+    refuses(lambda flags: train(f"--data {data} --out wide --lr 0 --steps 2 --keep 12 {flags}"), bad)
+    train(f"--data {data} --out wide --lr 0 --steps 2 --keep 12 --init moved/base")
+    assert distance(wide, checkpoint("wide")["model"]) == 0 and checkpoint("wide")["step"] == 2
+    bad = {"--init-partial": "--init-partial: means nothing without", "--init base": "base: no such run"}
+    bad |= {f"--init {trained} --init-partial --model uvit-nano": "dit-nano, whose weights do not fit this UViT"}
+    bad |= {f"--init {autoencoders}/kl": "of train_vae.py; give one of train_diffusion.py"}
+    refuses(lambda flags: train(f"--data {data} --out none --steps 1 {flags}"), bad)
+    assert not Path("none").exists()
+
+
 def test_resuming_asks_what_the_data_is_not_how_it_is_spelled(tmp_path):
     write_photos("photos", 12, classes=["a", "b"])
     steps = itertools.count(1)
@@ -1478,7 +2003,7 @@ def test_resuming_asks_what_the_data_is_not_how_it_is_spelled(tmp_path):
     again("moved")
     assert [line["step"] for line in metrics("run")] == [1, 2, 3, 4, 5]
     state = checkpoint("run")
-    for name in ("label_dropout", "ebfr", "repa", "cache"):  # flags that an earlier version did not have
+    for name in ("label_dropout", "ebfr", "repa", "cache", "init"):  # flags that an earlier version did not have
         state["args"].pop(name, None)
     torch.save(state, "run/checkpoint.pt")
     refuses(again, {"moved --label-dropout 0.2": "--label-dropout 0.1 there, 0.2 now"})
@@ -1524,11 +2049,14 @@ def test_killed_and_resumed_equals_uninterrupted(data):
     assert max(distance(a[key], b[key]) for key in ("model", "ema")) < 1e-4  # threads may differ
 
 
-def test_two_processes_equal_one_and_parts_a_whole(data):
-    flags = f"--data {data} --steps 5 --save-every 5"
+def test_two_processes_equal_one_and_parts_a_whole(data, trained):
+    flags = f"--data {data} --steps 5 --save-every 5 --keep auto --features hog --keep-threshold 0.02"
+    flags += f" --init {trained} --init-partial"
     train(f"{flags} --out one --cache cache")
     train(f"{flags} --out parts --grad-accum 4")
+    sampled, scoring = "two -n 5 --steps 3 --out", f"--score {data} --features hog --seeds 0 2"
     result = command(f"train_diffusion.py {TINY} {flags} --out two --cache theirs", processes=2)
+    command(f"sample.py --device cpu {sampled} b {scoring}", processes=2)
     assert result.stdout.count("done at step 5") == result.stdout.count("step 5/5  loss") == 1
     assert np.array_equal(*[np.load(next(Path(cache).glob("*/values.npy"))) for cache in ("cache", "theirs")])
     one = checkpoint("one")
@@ -1538,9 +2066,11 @@ def test_two_processes_equal_one_and_parts_a_whole(data):
         assert distance(one["config"], state["config"]) == 0
         np.testing.assert_allclose(*[[line["loss"] for line in metrics(run)] for run in ("one", other)], rtol=1e-4)
     # and they sample the same files, one process or two
-    command("sample.py two -n 5 --steps 3 --out b", processes=2)
-    sampling("two --n 5 --steps 3 --out a")
-    assert_same_images("a", "b", 5)
+    theirs = Path("scores.jsonl").read_text().replace('"b-seed', '"a-seed').splitlines()
+    sampling(f"{sampled} a {scoring}")
+    assert Path("scores.jsonl").read_text().splitlines()[2:] == theirs and len(theirs) == 2
+    for seed in (0, 2):
+        assert_same_images(f"a-seed{seed}", f"b-seed{seed}", 5)
 
 
 def assert_same_images(a, b, n, tolerance=1):
@@ -1569,7 +2099,11 @@ def test_sample_i_depends_on_seed_and_i_alone(trained, capsys):
     bad |= {f"{flags.replace(str(trained), 'other.pt')} --out one": "weights .* there"}
     refuses(sampling, bad | {f"{flags} --out {write_photos('mine', 1)}": "other files"})
     sampling(f"{trained} --n 2 --steps 2 --no-ema --classes up --grid grid.png")
-    assert Path("grid.png").exists() and "no-ema" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert Path("grid.png").exists() and "no-ema" in out
+    (grid,) = re.findall(r"patch artefacts, period 4: ([\d.]+) ", out.split("9 images in one")[1].split("grid")[1])
+    assert grid == f"{artefacts_by_loops(load_all('one').double().numpy(), 4):.2f}"
+    assert "period 8" not in out  # a token's: more than a third of 16 pixels
 
 
 def test_score_and_its_floor_equal_frechet_distances_by_hand(trained, data, hub, capsys):
@@ -1585,14 +2119,194 @@ def test_score_and_its_floor_equal_frechet_distances_by_hand(trained, data, hub,
     features = [(m @ torch.randn(3, 8, generator=torch.Generator().manual_seed(0))).double() for m in means]
     halves = features[2][torch.randperm(515, generator=train_vae.generator(0, 6))[:514]].reshape(2, 257, 8)
     for (a, b), score in ((features[:2], few["frechet_distance"]), (halves, many["floor"])):
-        (mu1, s1), (mu2, s2) = ((f.numpy().mean(0), np.cov(f, rowvar=False)) for f in (a, b))
-        by_hand = ((mu1 - mu2) ** 2).sum() + np.trace(s1 + s2 - 2 * scipy.linalg.sqrtm(s1 @ s2).real)
-        assert score == pytest.approx(by_hand, rel=1e-3)
+        assert score == pytest.approx(frechet_by_hand(a, b), rel=1e-3)
+    assert "inception_score" not in few and few["kid_subset_size"] == 12  # the rest is tested where it is computed
+    assert few["kid"] == pytest.approx(repa.kernel_distance(*features[:2])["kid"], rel=1e-4)
     assert "floor" not in few and many["floor_images"] == 257
     expected = dict(images=24, reference_images=48, sampler="euler", steps=3, guidance=1.0, ema=True, format="PNG")
     assert (expected | dict(checkpoint_step=12, features=f"{hub}:colours")).items() <= few.items()
     out = capsys.readouterr().out
-    assert "16" in few["crop"] and "below 10,000" in out and re.search(rf"floor +{many['floor']}", out)
+    assert "16" in few["crop"] and "below 10,000" in out and re.search(rf"floor +{many['floor']:.5g} +257 +257\n", out)
+    row = rf"kernel distance +{few['kid']:.5g} +24 +48 +{few['kid_std']:.2g}  100 subsets of 12\n"
+    assert re.search(row, out) and "Inception Score" not in out
+    table = [line for line in out.splitlines() if line.startswith(("Fre", "  its", "ker", "Inc", "prec", "rec"))]
+    assert len(table) == 9 and max(map(len, table)) <= 80
+
+
+def last_score(folder="."):
+    return json.loads(Path(folder, "scores.jsonl").read_text().splitlines()[-1])
+
+
+def test_references_are_computed_once_and_kept(trained, data, hub, capsys, monkeypatch):
+    flags = f"{trained} --n 6 --steps 1 --out out --features {hub}:colours --score"
+    shutil.copytree(data, "set")
+    sampling(f"{flags} set --save-reference a.npz")
+    first, (kept,) = last_score(), Path("cache").glob("*.npz")
+
+    def unopened(self, i):
+        assert not self.spec.startswith("set"), "opened again"
+        return opened(self, i)
+
+    opened = Images.open
+    with monkeypatch.context() as patched:
+        patched.setattr(Images, "open", unopened)
+        sampling(f"{flags} set")
+        assert last_score() == first
+        sampling(f"{flags} set --save-reference b.npz")
+        for file in ("b.npz", kept):
+            with np.load("a.npz") as one, np.load(file) as other:
+                assert all(np.array_equal(one[key], other[key]) for key in ("features", "mu", "sigma"))
+                assert json.loads(str(one["protocol"])) == json.loads(str(other["protocol"]))
+    monkeypatch.setattr(sample, "FEATURES_KEPT", 1000)  # bytes: mean and covariance remain
+    kept.write_bytes(kept.read_bytes()[:700])
+    capsys.readouterr()
+    sampling(f"{flags} set")
+    assert "made again: --cache" in capsys.readouterr().out
+    with np.load(kept) as small, np.load("a.npz") as full:
+        np.testing.assert_allclose(small["sigma"], full["sigma"], rtol=1e-6)
+        np.testing.assert_allclose(small["mu"], full["mu"])
+        assert small["features"].shape == (0, 8) and json.loads(str(small["protocol"]))["images"] == 48
+    assert last_score()["frechet_distance"] == pytest.approx(first["frechet_distance"]) and last_score()["kid"] is None
+    monkeypatch.setattr(sample, "FEATURES_KEPT", 2**31)
+    os.utime("set/up/002.png", (1, 1))  # a changed file makes other images
+    sampling(f"{flags} set --cache cache")
+    assert len(list(Path("cache").glob("*.npz"))) == 2 and last_score() == first
+    shutil.rmtree("set")
+    sampling(f"{flags} a.npz")
+    assert last_score() == first | {"reference": "a.npz"}
+    Path("shut").touch()  # no folder can be made there: said, and nothing is lost
+    sampling(f"{flags} {data} --cache shut/cache")
+    assert "are not kept" in capsys.readouterr().out and last_score() == first | {"reference": str(data)}
+
+
+def test_statistics_are_taken_as_published_and_refused_where_they_cannot_be_compared(trained, data, hub, capsys):
+    flags = f"{trained} --n 6 --steps 1 --out out --features {hub}:colours --score"
+    sampling(f"{flags} {data} --save-reference a.npz")
+    first = last_score()
+    with np.load("a.npz") as full:
+        arrays, protocol = dict(full), json.loads(str(full["protocol"]))
+    statistics = {key: arrays[key] for key in ("mu", "sigma")}
+    # as ADM and pytorch-fid publish them
+    adm = statistics | {"mu_s": np.zeros(3), "sigma_s": np.eye(3), "arr_0": np.zeros((2, 8, 8, 3), np.uint8)}
+    np.savez("adm.npz", **adm)
+    sampling(f"{flags} adm.npz")
+    only = dict.fromkeys(("kid", "precision", "recall", "reference_images"))
+    assert (only | {"frechet_distance": first["frechet_distance"]}).items() <= last_score().items()
+    assert re.search(r"Frechet distance +\S+ +6 +\?", capsys.readouterr().out)
+    # what cannot be compared, or is no such file
+    np.savez("samples.npz", adm["arr_0"])
+    np.savez("nan.npz", mu=statistics["mu"] * np.nan, sigma=statistics["sigma"])
+    np.savez("flat.npz", mu=statistics["mu"], sigma=statistics["mu"])
+    np.savez("code.npz", mu=np.array([print], dtype=object), sigma=statistics["sigma"])
+    np.savez("words.npz", protocol=np.array("{"), **statistics)
+    np.savez("list.npz", protocol=np.array("[1]"), **statistics)
+    np.savez("turned.npz", mu=statistics["mu"] + 1j, sigma=statistics["sigma"])
+    np.savez("big.npz", **{key: value.astype(">f4") for key, value in statistics.items()})
+    sampling(f"{flags} big.npz")
+    assert last_score()["frechet_distance"] == pytest.approx(first["frechet_distance"], rel=1e-3)
+    assert "mean and covariance alone" in capsys.readouterr().out
+    np.savez("deep.npz", protocol=np.array('{"size": 16}'), features=np.float32(1), **statistics)
+    Path("half.npz").write_bytes(Path("a.npz").read_bytes()[:900])
+    changes = {"other.npz": {"encoder_weights": "0"}, "crop.npz": {"crop": "corner"}, "large.npz": {"size": 32}}
+    for name, change in changes.items():
+        np.savez(name, **arrays | {"protocol": json.dumps(protocol | change)})
+    bad = {f"{name}.npz": f"--score {name}.npz: cannot be read" for name in ("half", "code", "words", "list", "turned")}
+    bad |= {"absent.npz": "--score absent.npz: cannot be read", f"{data} --save-reference /proc/x.npz": "cannot be wri"}
+    bad |= {"deep.npz": r"its features is \(\)"}
+    bad |= {"samples.npz": "lacks mu and sigma", "nan.npz": "its mu is not finite", "flat.npz": r"its sigma is \(8,\)"}
+    bad |= {"other.npz": "encoder_weights 0, now", "crop.npz": "crop corner, now", "large.npz": "size 32, now 16"}
+    bad |= {"a.npz --features hog": "encoder colours, now hog", "adm.npz --features hog": r"mu is \(8,\), .* have 36"}
+    bad |= {"a.npz --save-reference b.npz": "a.npz holds statistics already", f"{data} --size 16": "--size 16"}
+    refuses(lambda more: sampling(f"{flags} {more}"), bad)
+    refuses(sampling, {f"{model} --save-reference b.npz": "--score SPEC names" for model in (trained, "")})
+
+
+def test_folders_are_scored_against_each_other(trained, data, hub, tmp_path, capsys):
+    features = f"--features {hub}:colours"
+    sampling(f"{trained} --n 24 --steps 2 --out out --score {data} {features}")
+    expected, crop = last_score(), lambda file: train_vae.center_crop(Image.open(file).convert("RGB"), 16)
+    Path("folders").mkdir()
+    shutil.copytree("out", "folders/out")
+    sampling(f"--score-folder folders/out --score {data} {features}")
+    score, out = last_score("folders"), capsys.readouterr().out
+    assert f"saved in           {tmp_path}/folders/scores.jsonl" in out and "enlarged" not in out
+    same = "frechet_distance kid precision recall images reference_images crop format reference"
+    assert all(score[key] == expected[key] for key in same.split())
+    # both are cropped and resized alike; a .zip's score goes to the working folder
+    with zipfile.ZipFile("a.zip", "w") as archive:
+        for i, picture in enumerate(train_vae.to_uint8(photos(9, 40)).permute(0, 2, 3, 1).numpy()):
+            Image.fromarray(picture[: 33 + i % 3]).save("picture.png")
+            archive.write("picture.png", f"{i}.png")
+    sampling(f"--score-folder a.zip --score {data} --size 16 {features}")
+    Path("cropped").mkdir()
+    with zipfile.ZipFile("a.zip") as archive:
+        for name in archive.namelist():
+            crop(archive.open(name)).save(f"cropped/{name}")
+    zipped = last_score()
+    sampling(f"--score-folder cropped --score {data} {features}")
+    assert last_score()["frechet_distance"] == zipped["frechet_distance"] and zipped["images"] == 9
+    sampling(f"--score {data} --save-reference r.npz {features}")  # without a model, of the images' own size
+    sampling(f"--score-folder cropped --score r.npz {features}")
+    assert last_score()["frechet_distance"] == zipped["frechet_distance"]
+    write_photos("one", 1)
+    bad = {f"--score-folder a.zip --score {data}": r"33 \(0.png\) and 34 pixels \(1.png\); --size PIXELS"}
+    bad |= {f"--score-folder a.zip --score {data} --size 32": "--score .*16x16 pixels .* compared at 32"}
+    bad |= {f"--score-folder {data} --score a.zip --size 32": "--score-folder .*16x16 pixels .* compared at 32"}
+    bad |= {"--score-folder out": "--score SPEC names", f"{trained} --score-folder out --score {data}": "leave .* out"}
+    bad |= {f"--score-folder out --score {data} --seeds 1 2": "leave --seeds out"}
+    bad |= {f"--score-folder one --score {data}": "takes at least 2", "--score-folder nowhere --score out": "nowhere"}
+    bad |= {f"--score-folder dead-leaves --score {data}": "--size PIXELS names one"}
+    refuses(lambda flags: sampling(f"{flags} {features}"), bad)
+
+
+def test_several_seeds_are_sampled_and_scored_each(trained, data, hub, monkeypatch, capsys):
+    flags, read = f"{trained} --n 5 --steps 2 --score {data} --features {hub}:colours", []
+    opened = Images.read
+    monkeypatch.setattr(Images, "read", lambda self, i: read.append(self.spec) or opened(self, i))
+    sampling(f"{flags} --seeds 3 1 --out many/ --npz x.npz --grid y.png")
+    out = capsys.readouterr().out
+    assert read.count(str(data)) == 48 + 16  # the reference's, and those looked at before: once
+    both = [json.loads(line) for line in Path("scores.jsonl").read_text().splitlines()]
+    assert [(score["seed"], score["folder"]) for score in both] == [(3, "many-seed3"), (1, "many-seed1")]
+    for score in both:
+        sampling(f"{flags} --seed {score['seed']} --out one{score['seed']}")
+        assert_same_images(f"many-seed{score['seed']}", f"one{score['seed']}", 5)
+        assert last_score() == score | {"folder": f"one{score['seed']}"}
+        assert np.load(f"x-seed{score['seed']}.npz")["arr_0"].shape == (5, 16, 16, 3)
+        assert Path(f"y-seed{score['seed']}.png").exists()
+    for key, name in (("frechet_distance", "Frechet distance"), ("kid", "kernel distance")):
+        a, b = sorted(score[key] for score in both)
+        assert re.search(rf"{name} +{(a + b) / 2:.5g} +{a:.5g} +{b:.5g}\n", out.partition("2 seeds")[2])
+    refuses(sampling, {f"{flags} --seed 0 --seeds 1 2": "--seeds: not allowed with argument --seed"})
+
+
+def test_classes_are_dealt_in_turn_or_at_random(trained, data):
+    flags = f"{trained} --n 12 --steps 2 --guidance 3 --seed 6"
+    sampling(f"{flags} --deal random --out random --batch 5")
+    for name in ("left", "right", "up"):
+        sampling(f"{flags} --classes {name} --out {name}")
+    random, classes = load_all("random").int(), torch.stack([load_all(name).int() for name in ("left", "right", "up")])
+    distances = (classes - random).abs().amax((2, 3, 4))  # (3, 12)
+    dealt = distances.argmin(0)
+    assert (distances.min(0).values <= 1).all() and len(dealt.unique()) == 3
+    assert not torch.equal(dealt, torch.arange(12) % 3)
+    protocol = json.loads(Path("random/protocol.json").read_text())
+    drawn, network = [], SimpleNamespace(config={"path": "flow"}, device="cpu")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sample, "generate", lambda diffusion, indices, seed, device, y, *rest: drawn.append(y))
+        for indices in (range(3000), range(7, 9)):
+            sample.generate_by(protocol, network, indices)
+    assert torch.equal(drawn[0][:12], dealt) and torch.equal(drawn[1], drawn[0][7:9])
+    assert scipy.stats.chisquare(drawn[0].bincount()).pvalue > 1e-3
+    # a folder of an earlier version was dealt in turn
+    del protocol["deal"]
+    Path("left/protocol.json").write_text(json.dumps(protocol | {"classes": [0]}))
+    sampling(f"{flags} --classes left --out left")
+    refuses(sampling, {f"{flags} --classes left --out left --deal random": "deal equal there, random now"})
+    sampling(f"{flags} --deal random")
+    assert list(Path(trained, "samples").glob("*-seed6*-random"))
+    train(f"--data {write_photos('plain', 4)} --out run --steps 1")
+    refuses(sampling, {"run --deal random": "without classes"})
 
 
 def test_trajectory_and_sampling_without_classes_or_a_null_class(trained, data, capsys):
@@ -1678,9 +2392,10 @@ def test_bad_input_of_training_is_refused_and_leaves_no_folder(data, trained):
     assert (trained / "checkpoint.pt").read_bytes() == before and sorted(Path().rglob("*")) == files
 
 
-TEXTS = {train_diffusion: "--data --val --out --latents --vae --model --encoder --cache --cache-targets"}
+TEXTS = {train_diffusion: "--init --data --val --out --latents --vae --model --encoder --cache --cache-targets"}
 TEXTS |= {train_vae: "--data --val --out --regularizer --encoder --features --spectrum --encode --ckpt --cache"}
 TEXTS |= {sample: "--ckpt --model --vae --out --sampler --classes --score --features --features-weights"}
+TEXTS[sample] += " --score-folder --cache"
 
 
 @pytest.mark.parametrize("program", TEXTS)
@@ -1731,14 +2446,65 @@ def test_bad_input_of_sampling_is_refused_before_it_begins(trained, autoencoders
     bad |= {f"{trained} --score {flags}": message for flags, message in scores.items()}
     # published networks
     sd_vae, dit = f"--vae {folder}/sd-vae.ckpt", f"--ckpt {folder}/DiT.pt"
-    bad |= {f"{dit} {sd_vae}": "--model NAME says which", f"{dit} --model dit-s/2 {sd_vae}": "another architecture"}
-    bad |= {f"{dit} --model uvit-nano {sd_vae}": "its keys are a dit or sit's"}
+    either, token = "dit-nano/2 or sit-nano/2", f"--ckpt {folder}/tokens.pth"
+    bad |= {f"{dit} {sd_vae}": f"its keys are a DiT's or a SiT's; --model {either} says which"}
+    bad |= {f"{dit} --model {name} {sd_vae}": f"is a {either}" for name in ("dit-s/2", "sit-nano/4", "uvit-nano", "x")}
+    bad |= {f"--ckpt {folder}/cifar-uvit.pth --model uvit-m": "--model uvit-m: .*uvit.pth is a uvit-nano/4"}
+    bad |= {f"{dit} --model dit-nano {sd_vae} --eta 9": "--eta: is for networks on DCT tokens"}
+    bad |= {f"{trained} --{name} 2": f"--{name} 2.*: is for --ckpt; .* says itself" for name in ("eta", "snr-scale")}
+    bad |= {token: "16 tokens of 6 x 4, 128 wide, 1000 classes.; --eta, --snr-scale must say its own"}
+    bad |= {f"{token} --eta 9 --snr-scale 2 {sd_vae}": "is a model of DCT tokens; leave it out"}
+    bad |= {f"{token} --eta 9 --snr-scale 2 --guidance 2": "--guidance 2.0: .* no null class"}
+    bad |= {f"{token} --eta 9 --snr-scale 2 --block 1": "--block 1 --keep 4: keep 4 must"}
     bad |= {f"--ckpt {folder}/cifar-uvit.pth --model uvit-nano {sd_vae}": "is a model of pixels"}
     bad |= {f"--ckpt unknown.pt --model dit-nano {sd_vae}": "no DiT's, SiT's or U-ViT's"}
-    bad |= {f"--ckpt {trained}/checkpoint.pt --model dit-nano": "of train_diffusion.py; give it without --ckpt"}
+    bad |= {f"--ckpt {trained}/checkpoint.pt": "of train_diffusion.py; one of train_diffusion.py is given without"}
+    bad |= {f"--ckpt {autoencoders}/kl/checkpoint.pt": "a checkpoint of train_vae.py", f"--ckpt {trained}": "a folder"}
     bad |= {f"{folder}/DiT.pt": "published weights .* take sample.py --ckpt"}
     refuses(lambda flags: sampling(f"{flags} --n 1 --steps 1 --out x"), bad)
     assert not Path("x").exists()
+
+
+@pytest.mark.parametrize("block", [2, 4])
+def test_keep_auto_is_the_fewest_coefficients_by_brute_force(data, capsys, block):
+    """In HOG's features, with Frechet distances of scipy's square root, over every number of coefficients."""
+    x, gap = load_all(data), {}
+    measure = functools.partial(train_diffusion.measure_codec, open_pixels(data), 16, block, "auto")
+    features = train_vae.Features("hog", None, 16, "cpu")
+    for keep in range(1, block**2 + 1):
+        codec = DCTCodec(16, block, keep, 128.0 * block)
+        coded = codec.decode(codec.encode(x / 127.5 - 1))
+        sets = [repa.HOG()(images)[1].double() for images in (x / 127.5 - 1, ((coded + 1) * 127.5).round() / 127.5 - 1)]
+        gap[keep] = frechet_by_hand(*sets)
+    thresholds = [0.2, 0.018, 0.01, 0.0025] if block == 2 else [0.2, 0.15, 0.05, 0.0145, 0.006]
+    found = [measure(features, threshold, Processes("cpu"))["keep"] for threshold in thresholds]
+    assert found == [min(keep for keep in gap if gap[keep] < threshold) for threshold in thresholds]
+    assert len(set(found)) == len(found)  # each another
+    table = re.findall(r"^ +(\d+) +([\d.]+) +([\d.]+) dB", capsys.readouterr().out, re.M)
+    assert len(table) > len(found)
+    assert all(float(shown) == pytest.approx(gap[int(keep)], abs=2e-3) for keep, shown, _ in table)
+    refuses(lambda threshold: measure(features, float(threshold), Processes("cpu")), {"0.001": f"even all {block**2} "})
+    assert measure(None, 0.5, Processes("cpu"))["keep"] == {2: 4, 4: 9}[block]
+    assert f"{block}; with --features SPEC it is measured" in capsys.readouterr().out
+
+
+def test_keep_auto_stays_with_its_run(data):
+    flags = f"--data {data} --model uvit-nano --keep auto --out run"
+    train(f"{flags} --features hog --keep-threshold 0.02 --steps 1")
+    config = checkpoint("run")["config"]
+    assert config["keep"] == 3 and Diffusion(config).codec.token_dim == 18
+    train(f"{flags} --keep-threshold 0.02 --steps 2")  # the same without its features, which need not be there
+    assert checkpoint("run")["config"] == config
+    bad = {f"{flags} --keep 4": "--keep auto there, 4 now", f"{flags} --keep-threshold 1": "threshold 0.02 there, 1.0"}
+    bad |= {"--keep some": "argument --keep: some must be", "--keep auto --size 20": "must be a multiple"}
+    bad |= {
+        "--features hog": "are for --keep auto",
+        "--keep-threshold 2": "are for --keep auto",
+        "--keep auto --space pixel": "--keep",
+    }
+    bad |= {"--keep auto --features no --keep-threshold 1": "^--features no: .*neither hog nor REPO:ENTRY"}
+    bad |= {"--keep auto --features hog": "--features hog: .*another scale.* --keep-threshold X"}
+    refuses(lambda flags: train(f"--data {data} --steps 3 {flags}"), bad)
 
 
 def test_nonfinite_steps_are_skipped_and_ten_in_a_row_stop(data, monkeypatch):
@@ -2111,6 +2877,56 @@ def test_spectrum_report_and_evaluation(autoencoders, data, hub, capsys):
     assert numbers["rfid"] == score["frechet_distance"] and abs(numbers["psnr"] - results["kl"]["psnr"]) < 1e-6
 
 
+def test_report_of_channels_directions_artefacts_and_distances_by_numpy(autoencoders, data, hub, capsys):
+    names, x = ("kl", "esm", "dsm"), load_all(data).double() / 127.5 - 1
+    paths = " ".join(str(autoencoders / name) for name in names)
+    looking(f"--spectrum {paths} --data {data} --features {hub}:colours --out s --batch 48")
+    out, results = capsys.readouterr().out, json.loads(Path("s/spectrum.json").read_text())
+    table = out[out.index("share of log power") :].splitlines()
+    assert max(map(len, table[1:-2])) <= 80
+
+    def rmsc(fields):
+        u = fields.numpy().reshape(*fields.shape[:2], -1)
+        u = u / np.linalg.norm(u, axis=1, keepdims=True)
+        return np.sqrt(((u - u.mean(2, keepdims=True)) ** 2).sum(1).mean(1)).mean()
+
+    def low(fields, block, k=10):  # by loops over blocks
+        kept = np.add.outer(np.arange(block), np.arange(block)) < (15 - k) * block / 8
+        made = fields.double().numpy().copy()
+        for i, j in itertools.product(range(0, made.shape[2], block), range(0, made.shape[3], block)):
+            part = np.s_[:, :, i : i + block, j : j + block]
+            made[part] = scipy_dct(scipy_dct(made[part]) * kept, inverse=True)
+        return torch.from_numpy(made)
+
+    def distance(*images):  # of mean colours, see HUBCONF
+        mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+        axes = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)).numpy()
+        pixels = [((part.clamp(-1, 1) + 1) * 127.5).round().numpy().mean((2, 3)) / 255 for part in images]
+        return frechet_by_hand(*((part - mean) / std @ axes for part in pixels))
+
+    for name in names:
+        result, (net, _) = results[name], train_vae.load_autoencoder(autoencoders / name, "cpu")
+        with torch.no_grad():
+            mean, logvar = net.encode(x.float())
+            made, lowered = net.decode(mean), net.decode(low(mean, 2).float())
+        z = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=train_vae.generator(0, 4))
+        shares = np.array(result["latent_eigenspectrum"])
+        expected = {"latent_effective_channels": np.exp(-(shares * np.log(shares)).sum()), "latent_rmsc": rmsc(z)}
+        expected |= {"image_rmsc": rmsc(resized(x, 4)), "image_artefacts": artefacts_by_loops(x.numpy(), 4)}
+        expected |= {"made_artefacts": artefacts_by_loops(made.double().clamp(-1, 1).numpy(), 4)}
+        expected |= {"rfid": distance(x, made), "lowpass_rfid_10": distance(low(x, 2), lowered)}
+        for key, value in expected.items():
+            assert result[key] == pytest.approx(value, rel=5e-3, abs=1e-4), (name, key)
+    rows = {"component 1": ("latent_eigenspectrum", 3), "effective channels": ("latent_effective_channels", 2)}
+    rows |= {"RMSC": ("latent_rmsc", 3), "low-pass 10 rFID": ("lowpass_rfid_10", 4)}
+    for title, (key, digits) in (rows | {"patch artefacts": ("made_artefacts", 3)}).items():
+        values = [results[name][key] for name in names]
+        shown = [f"{value[0] if isinstance(value, list) else value:.{digits}f}" for value in values]
+        assert next(row for row in table if row.startswith(f"{title} ")).split()[-3:] == shown
+    looking(f"--spectrum {autoencoders}/kl --data {data} --out s")
+    assert "rfid" not in json.loads(Path("s/spectrum.json").read_text())["kl"] and "rFID" not in capsys.readouterr().out
+
+
 def test_verdict_on_a_spectrum_does_not_depend_on_scale(side=16, delta=0.5):
     """Latents of just the target's spectrum are matched, flatter ones too noisy, steeper ones too smooth."""
     images = train_vae.to_uint8(0.7 * power_law(8, 3, 4 * side, 2))
@@ -2164,6 +2980,33 @@ def test_encoding_goes_on_after_a_kill_and_skips_unreadable_images(autoencoders,
     assert np.abs(values[0] - values[1]).max() < 0.01 and (values[0][50] == 0).all()
     monkeypatch.setattr(train_vae, "free_disk", lambda folder: 10_000)
     refuses(looking, {f"{flags} other": "--out other: needs 0.1 MiB, its disk has 0.0 free"})
+
+
+@pytest.mark.parametrize("layout", ["run", "average", "SD-VAE"])
+def test_an_autoencoder_begins_with_the_weights_of_another(autoencoders, data, layout, capsys):
+    state = checkpoint(autoencoders / "esm")
+    old, changed = state["model"], "post_quant_conv.weight"
+    if layout == "average":
+        state = state | {"ema": {key: value + 1 for key, value in old.items()}}
+    if layout == "SD-VAE":
+        state = {"state_dict": {f"first_stage_model.{key}": value for key, value in old.items()}}
+    torch.save(state, "begin.pt")
+    flags = f"--data {data} --regularizer kl --gan-weight 0.5 --gan-start 0 --size 24 --steps 1 --lr 0 --ema 0.9"
+    autoencode(f"{flags} --out new --init begin.pt")
+    new = checkpoint("new")
+    assert distance(state.get("ema") or old, new["model"]) == distance(new["ema"], new["model"]) == 0
+    name, step = ("published", "") if layout == "SD-VAE" else ("tiny", ", step 100")
+    assert f"init     begin.pt, {name}{step}\n" in capsys.readouterr().out
+    if layout != "run":
+        return
+    Path("begin.pt").unlink()
+    autoencode(f"{flags} --out new --init begin.pt --steps 2")
+    torch.save(state | {"model": old | {changed: torch.zeros(4, 3, 1, 1)}}, "cut.pt")
+    differs = rf"1 of \d+ tensors .*{changed} \(4, 3, 1, 1\) there, \(4, 4"
+    refuses(autoencode, {f"{flags} --out cut --init cut.pt": differs})
+    autoencode(f"{flags} --out cut --init cut.pt --init-partial")
+    began = checkpoint("cut")["model"]
+    assert [key for key in old if distance(began[key], old[key])] == [changed]
 
 
 def test_bad_input_of_autoencoders(autoencoders, trained, data):
@@ -2270,6 +3113,83 @@ def test_one_pair_encodes_and_decodes(latents, autoencoders, data):
     assert torch.allclose(diffusion.decode(scale * mean), net.decode(mean).clamp(-1, 1), atol=1e-5)
     first, second = (train_diffusion.draw_step(3, i, 8, slice(0, 8), "uniform", None, diffusion) for i in (0, 1))
     assert distance(first[3], second[3]) > 0.5 < distance(first[1], first[3])  # by step, and not the diffusion's
+
+
+def test_latents_normalised_by_channel_have_mean_0_and_std_1(autoencoders, data, monkeypatch, capsys):
+    """When they are made, and later, when only the header changes."""
+    flags, real = f"--encode {data} --ckpt {autoencoders}/esm --out", vae.VAE.encode
+    looking(f"{flags} made --latent-norm channel")
+    looking(f"{flags} changed")
+    before, config = Path("changed/values.npy").read_bytes(), json.loads(Path("changed/header.json").read_text())
+    monkeypatch.setattr(vae.VAE, "encode", None)
+    looking(f"{flags} changed --latent-norm channel")
+    looking(f"{flags} changed")  # stays
+    monkeypatch.setattr(vae.VAE, "encode", real)
+    header = json.loads(Path("changed/header.json").read_text())
+    assert header == json.loads(Path("made/header.json").read_text()) and config["shift"] == 0 < config["scale"]
+    assert Path("changed/values.npy").read_bytes() == before and "scale 0" in capsys.readouterr().out
+    values = np.load("made/values.npy").astype(float)  # (N, 2, 2C, h, w)
+    drawn = values[:, :, :4] + np.exp(values[:, :, 4:] / 2) * normal(16, 48, 2, 4, 4, 4).numpy()
+    z = (drawn - np.reshape(header["shift"], (4, 1, 1))) * np.reshape(header["scale"], (4, 1, 1))
+    of_channels = (0, 1, 2, 4, 5)
+    assert np.allclose(z.mean(of_channels), 0, atol=0.05) and np.allclose(z.std(of_channels), 1, atol=0.05)
+    refuses(looking, {"--latent-norm one": "^--latent-norm one: is for --encode"})
+
+
+def test_runs_on_latents_normalised_by_channel_train_decode_and_sample(autoencoders, data):
+    """Cached ones and live ones."""
+    net, _ = train_vae.load_autoencoder(autoencoders / "esm", "cpu")
+    mean, logvar = (moment.detach() for moment in net.encode(load_all(data) / 127.5 - 1))
+    encode, line = f"--encode {data} --ckpt {autoencoders}/esm --out made", "--model dit-nano --steps 2 --seed 3"
+    looking(f"{encode} --latent-norm channel")
+    header = json.loads(Path("made/header.json").read_text())
+    train(f"--latents made {line} --out cached")
+    train(f"--vae {autoencoders}/esm --latent-norm channel --data {data} {line} --out live")
+    looking(f"{encode} --latent-norm one")  # the run keeps its own
+    train(f"--latents made {line.replace('2', '3', 1)} --out cached")
+    for run in ("cached", "live"):
+        config = checkpoint(run)["config"]
+        assert config["latent_norm"] == "channel" and np.allclose(config["scale"], header["scale"], rtol=0.1)
+        diffusion = Diffusion(config, vae=net)
+        moments = torch.cat((mean, logvar), 1)
+        x0 = diffusion.from_moments(moments.repeat(16, 1, 1, 1), normal(768, 4, 4, 4).float()).numpy()
+        assert np.allclose(x0.mean((0, 2, 3)), 0, atol=0.1) and np.allclose(x0.std((0, 2, 3)), 1, atol=0.1)
+        back = diffusion.decode(diffusion.from_moments(moments))
+        assert torch.allclose(back, net.decode(mean).clamp(-1, 1), atol=1e-4)
+        sampling(f"{run} --n 2 --steps 2 --sampler euler --out {run}-pictures")
+        x = torch.stack([torch.randn(4, 4, 4, generator=train_vae.generator(0, i)) for i in (0, 1)])
+        shift, scale = (torch.tensor(config[name]).view(4, 1, 1) for name in ("shift", "scale"))
+        network = train_diffusion.build_network(config)
+        network.load_state_dict(checkpoint(run)["ema"])
+        for t in (1.0, 0.5):  # Euler's steps by hand
+            x0 = network.eval()(x, torch.full((2,), t), torch.tensor([0, 1])).detach()
+            x = (1.5 - t) * x0 + (t - 0.5) * (x - (1 - t) * x0) / t
+        picture = train_vae.to_uint8(net.decode(x / scale + shift).clamp(-1, 1)).permute(0, 2, 3, 1).numpy()
+        for i in (0, 1):
+            assert np.abs(np.asarray(Image.open(f"{run}-pictures/00000{i}.png")).astype(int) - picture[i]).max() <= 1
+    refuses(train, {f"--latents made --latent-norm one --out x {line}": "^--latent-norm one: is for --vae without"})
+
+
+def test_a_config_json_normalises_unless_the_flag_does(data, published, capsys):
+    net, (mean, std) = randomised(vae.VAE((32, 32), 4, 1)), ([0.1, -0.2, 0.3, 0.0], [0.5, 1.0, 2.0, 4.0])
+    config = {"_class_name": "AutoencoderKL", "scaling_factor": 2.0, "latents_mean": mean, "latents_std": std}
+    Path("sd").mkdir()
+    Path("sd/config.json").write_text(json.dumps(config))
+    state = as_diffusers(net.state_dict(), 2, 1) | {"unused": torch.zeros(2**20)}
+    Path("sd/diffusion_pytorch_model.safetensors").write_bytes(as_safetensors(state))
+    said = {"latent_norm": "published", "scale": [4.0, 2.0, 1.0, 0.5], "shift": mean}
+    looking(f"--encode {data} --ckpt sd --size 16 --out said")
+    looking(f"--encode {data} --ckpt sd --size 16 --out measured --latent-norm one")
+    header = Records("said", "moments").header
+    assert said.items() <= header.items() and Records("measured", "moments").header["shift"] == 0.0
+    train(f"--vae sd --data {data} --model dit-nano --steps 1 --out run")
+    assert "scale 0.5000 to 4.0000, shift -0.2000 to 0.3000, by diffusers' config.json" in capsys.readouterr().out
+    assert Path("run/autoencoder.pt").stat().st_size < 2**21  # of the file it keeps the autoencoder alone
+    config, copied = checkpoint("run")["config"], train_vae.read_checkpoint("run/autoencoder.pt", "autoencoder")
+    assert said.items() <= config.items() and said.items() <= copied["config"].items()
+    given = train_vae.load_autoencoder("sd", "cpu")
+    config, _ = sample.published_network(published[0] / "DiT.pt", "dit-nano/2", given)
+    assert (config["scale"], config["shift"]) == (said["scale"], mean)
 
 
 def test_published_autoencoder_weights_are_diffused_on(data):
@@ -2432,15 +3352,24 @@ def test_targets_are_compared_before_training(latents, data, hub, capsys):
     assert "2 x 2 tokens of 36" in capsys.readouterr().out
 
 
-def test_benchmarks_print_their_timers_and_leave_nothing(latents, data, hub, monkeypatch):
+def test_benchmarks_print_their_timers_and_leave_nothing(latents, data, hub, monkeypatch, capsys):
     Path("temporary").mkdir()
+    more, leaving = f"--data {data} --cache cache --benchmark 2 --out none", []
+    aligned = f"--latents {latents} --repa repa --encoder {hub}:colours --cache-targets tokens"
     monkeypatch.setenv("TMPDIR", os.path.abspath("temporary"))
-    diffusing, aligned = f"train_diffusion.py {TINY}", f"--repa repa --encoder {hub}:colours --cache-targets tokens"
-    lines = {f"{diffusing} --latents {latents} {aligned}": "targets", f"{diffusing} --data {data}": "encode"}
-    for line, part in (lines | {f"train_vae.py {TINY_VAE} --data {data}": "forward"}).items():
-        out = command(f"{line} --cache cache --benchmark 2 --out none").stdout
+    outs = {"targets": command(f"train_diffusion.py {TINY} {aligned} {more}").stdout}
+    # the others without starting a process, of which what is done at its end is caught
+    monkeypatch.setattr(tempfile, "tempdir", os.environ["TMPDIR"])
+    at_exit = SimpleNamespace(register=lambda *call, **options: leaving.append(functools.partial(*call, **options)))
+    monkeypatch.setattr(train_vae, "atexit", at_exit)
+    for part, program in {"encode": train, "forward": autoencode}.items():
+        program(more)
+        leaving.pop()()
+        outs[part] = capsys.readouterr().out
+    for part, out in outs.items():
         words = (part, "data", "forward", "backward", "optimizer", "images/s", "GFLOP/s", "peak memory")
-        assert all(word in out for word in words) and list(Path().rglob("*")) == [Path("temporary")]
+        assert all(word in out for word in words)
+    assert list(Path().rglob("*")) == [Path("temporary")] and not leaving
 
 
 # ---- published networks -----------------------------------------------------------------------------------
@@ -2458,6 +3387,8 @@ def published(autoencoders, tmp_path_factory):
     unused = {"loss.logvar": torch.zeros(())}
     files = {"sd-vae.ckpt": {"state_dict": checkpoint(autoencoders / "esm")["model"] | unused}}
     files |= {"DiT.pt": dit.state_dict(), "bare-REPA.pt": plain.state_dict(), "uvit.pth": uvit.half().state_dict()}
+    tokens = UViT(num_tokens=16, token_dim=24, num_classes=1000, mlp_time_embed=True, **UVIT_SIZES["nano"])
+    files["tokens.pth"] = prefixed("module.", randomised(tokens, 5))  # as DCTdiff's of ImageNet, without a null class
     files |= {"SiT.pt": {"model": {}, "ema": prefixed("module.", dit), "args": argparse.Namespace(lr=1)}}
     files |= {"REPA.pt": {"ema": prefixed("_orig_mod.module.", dit) | {"projectors.0.0.weight": torch.zeros(2)}}}
     for name, state in (files | {"cifar-uvit.pth": prefixed("module._orig_mod.", pixels)}).items():
@@ -2473,7 +3404,7 @@ def test_published_networks_are_sampled_from_their_checkpoints(published):
     sd_vae = train_vae.load_autoencoder(folder / "sd-vae.ckpt", "cpu")
     for name, (network, model, scale, path) in networks.items():
         given = None if name == "cifar-uvit.pth" else sd_vae
-        config, weights = sample.published_network(folder / name, model, given)
+        config, weights = sample.published_network(folder / name, None if "uvit" in model else model, given)
         diffusion = train_diffusion.Diffusion(config, vae=given and given[0])
         train_vae.load_weights(diffusion.network, weights, name)
         diffusion.network.eval()
@@ -2490,6 +3421,93 @@ def test_published_networks_are_sampled_from_their_checkpoints(published):
         flags = f"--vae {folder}/sd-vae.ckpt " * bool(given) + "--classes 3 7 --guidance 2" * bool(config["classes"])
         sampling(f"--ckpt {folder}/{name} --model {model} {flags} --n 2 --steps 2 --out {name}")
         assert Image.open(f"{name}/000001.png").size == (config["size"],) * 2
+
+
+DCTDIFF = """
+cifar10      32   0     2  4   242.382  2   m
+celeba       64   0     2  4   244.925  4   s
+imagenet     64   1000  2  4   247.125  4   s
+imagenet     64   1000  2  4   247.125  4   m
+ffhq         128  0     4  9   480.25   4   s
+ffhq         256  0     4  8   485      4   m
+both         512  0     8  18  969.5    12  m
+"""  # data, size, classes, B, keep, eta, c, network: the authors' configurations
+
+
+@pytest.mark.parametrize("row", DCTDIFF.strip().splitlines())
+def test_dctdiffs_networks_are_known_by_their_shapes(row, monkeypatch):
+    size, classes, block, keep, eta, c, network = row.split()[1:]
+    size, rows, block, keep = map(int, (size, classes, block, keep))
+    make = lambda tokens: UViT(num_tokens=tokens, token_dim=6 * keep, num_classes=rows or -1, **UVIT_SIZES[network])
+    with torch.device("meta"):
+        state = make((size // (2 * block)) ** 2).state_dict()
+        other = make(49).state_dict()
+    monkeypatch.setattr(train_diffusion, "load_plain", lambda file: {f"module.{k}": v for k, v in file.items()})
+    read = lambda state=state, **codec: train_diffusion.published_network(state, codec=codec)[0]
+    if "both" in row:  # the same shapes
+        with pytest.raises(InputError, match=r"--eta says of which it is, 969.5 \(FFHQ 512\) or 928.0 \(AFHQ 512\)"):
+            read()
+        assert (read(eta=928.0)["eta"], read(eta=928.0)["snr_scale"]) == (928.0, 12)
+    config = read(eta=float(eta) if "both" in row else None)
+    expected = dict(space="dct", path="vp", predict="eps", size=size, block=block, keep=keep, snr_scale=float(c))
+    assert expected.items() <= config.items() and config["eta"] == float(eta) and config["label_dropout"] == 0
+    assert config["classes"] == ([str(i) for i in range(rows)] if rows else None)
+    built = train_diffusion.meta_network(config).state_dict()
+    assert config["model"] == f"uvit-{network}" and built.keys() == state.keys()
+    assert all(built[key].shape == value.shape for key, value in state.items())
+    assert (read(eta=3.0, snr_scale=5.0)["eta"], read(eta=3.0, snr_scale=5.0)["snr_scale"]) == (3, 5)
+    with pytest.raises(InputError, match="--eta, --snr-scale must say its own"):
+        read(other)
+    with pytest.raises(InputError, match="--eta, --snr-scale must"):  # of other blocks the published eta is not
+        read(block=2 * block)
+    with pytest.raises(InputError, match="6 x 11, .*; --block, --eta, --snr-scale must"):
+        read(state | {"proj.weight": torch.empty(len(state["norm.weight"]), 66, device="meta")})
+
+
+def test_a_network_on_dct_tokens_is_sampled_as_by_hand(published):
+    """Its plain copy, DDIM's steps with abar' = c abar / (1 + (c - 1) abar), and the codec."""
+    file, eta, c = published[0] / "tokens.pth", 200.0, 3.0
+    sampling(f"--ckpt {file} --eta {eta} --snr-scale {c} --classes 3 997 --sampler ddim --steps 4 -n 2 --out out")
+    record = json.loads(Path("out/protocol.json").read_text())
+    assert (record["eta"], record["snr_scale"], record["classes"]) == (eta, c, [3, 997])
+    state = checkpoint(published[0], "tokens.pth").items()
+    w = Weights({key.removeprefix("module."): value.double() for key, value in state})
+    draws = [torch.randn(16, 24, generator=train_vae.generator(0, i)) for i in range(2)]
+    x, y, times = torch.stack(draws).double(), torch.tensor([3, 997]), torch.linspace(1, 0, 5).double()
+    abar = torch.exp(-(0.1 * times + 19.9 * times**2 / 2))
+    abar = c * abar / (1 + (c - 1) * abar)
+    for i in range(4):
+        eps, _ = plain_uvit(w, x, 999 * times[i].expand(2), y, 6, 4, 0)
+        x0 = (x - (1 - abar[i]).sqrt() * eps) / abar[i].sqrt()
+        x = abar[i + 1].sqrt() * x0 + (1 - abar[i + 1]).sqrt() * eps
+    pixels = ((DCTCodec(16, 2, 4, eta).decode(x) + 1) * 127.5).round()
+    difference = (load_all("out").double() - pixels).abs()
+    assert difference.max() <= 2 and difference.mean() < 0.1 and pixels.std() > 30
+    refuses(sampling, {f"--ckpt {file} --eta 9 --snr-scale {c} --n 2 --out out": "eta 200.0 there, 9.0 now"})
+
+
+def test_training_begins_with_published_weights(published, data, capsys):
+    torch.save({"nnet": 0, "state_dict": randomised(UViT(**TOKEN_UVIT), 6).state_dict()}, "uvit.pth")
+    wanted = checkpoint(".", "uvit.pth")["state_dict"]
+    still = f"--data {data} --lr 0 --steps 1"
+    train(f"{still} --out u --model uvit-nano --path vp --predict eps --init uvit.pth")
+    assert distance(wanted, checkpoint("u")["model"]) == 0 and checkpoint("u")["config"]["network"]["mlp_time_embed"]
+    assert "init     uvit.pth, uvit-nano\n" in (out := capsys.readouterr().out) and "otherwise" not in out
+    sampling("u --n 1 --steps 1 --out out")
+    sit = randomised(DiT(16, 4, 3, num_classes=3, **DIT_SIZES["nano"]), 7)
+    torch.save({"ema": sit.state_dict()}, "sit.pt")  # a DiT's keys: on the flow path they are read as a SiT's
+    train(f"{still} --out sit --space pixel --model dit-nano/4 --path flow --predict x0 --init sit.pt")
+    assert distance(dit.read_published(sit.state_dict(), "sit")[1], checkpoint("sit")["model"]) == 0
+    out = capsys.readouterr().out
+    said = (
+        "init     sit.pt, sit-nano/4\n         read as a SiT, as the path is flow; .* the same\nwarning: --init sit.pt "
+    )
+    assert re.search(f"{said}was trained otherwise: predict v there, x0 here\n", out)
+    bad = {"--init unknown.pt": "no such run", "--init sit.pt": "4 of 72 tensors differ .pos_embed"}
+    refuses(lambda flags: train(f"{still} --out none {flags}"), bad)
+
+
+TOKEN_UVIT = dict(num_tokens=4, token_dim=54, num_classes=4, mlp_time_embed=True, **UVIT_SIZES["nano"])
 
 
 # ---- README.md --------------------------------------------------------------------------------------------

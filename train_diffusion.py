@@ -7,6 +7,7 @@
     python train_diffusion.py --latents photos.latents    # of train_vae.py
     python train_diffusion.py --latents photos.latents --repa dog
     python train_diffusion.py --latents photos.latents --encoder hog --rmsc
+    python train_diffusion.py --data mine/ --size 64 --init runs/photos
 
 The same command again resumes. The method comes first: paths, loss, the model,
 DDIM; then training. Tokens are in dct.py, representation alignment in repa.py,
@@ -17,6 +18,7 @@ more samplers in sample.py, what all programs share in train_vae.py.
 # processes: that is all the state a resumed run needs.
 
 import argparse
+import bisect
 import contextlib
 import copy
 import itertools
@@ -31,16 +33,19 @@ from torch.utils.data import DataLoader
 
 from dct import DCTCodec, DCTStatistics, ebfr_weights, psnr_per_keep
 from dit import DIT_SIZES, DiT
-from repa import DOG_SIGMAS, PATCH_ENCODER_SIZE, Aligned, alignment_loss, as_map, lds, make_projector, make_target
-from repa import principal_colours, resize_tokens
+from dit import read_published as read_dit
+from repa import DOG_SIGMAS, PATCH_ENCODER_SIZE, Aligned, alignment_loss, as_map, frechet_distance, lds
+from repa import make_projector, make_target, principal_colours, resize_tokens
 from spectral_losses import band_error, directional_energy, rmsc
-from train_vae import NOISE, POSTERIOR, TIMES
-from train_vae import Images, InputError, Parser, Pixels, Processes, Records, Run, add_training_flags, at_least
-from train_vae import autocast, count_flops, fraction, generator, image_noise, latent_statistics, load_autoencoder
-from train_vae import mirrored, open_encoder, progress, quoted, read_checkpoint, run_program, save_grid, short_name
-from train_vae import spread, update_ema, write_atomically
+from train_vae import CHECKPOINT, NOISE, POSTERIOR, TIMES
+from train_vae import Features, Images, InputError, Parser, Pixels, Processes, Records, Run, add_training_flags
+from train_vae import at_least, autocast, count_flops, fraction, generator, image_noise, initialize, latent_statistics
+from train_vae import load_autoencoder, load_plain, mirrored, norm_text, open_encoder, progress, quoted
+from train_vae import read_checkpoint, run_program, save_grid, seems, short_name, spread, state_dicts, to_uint8
+from train_vae import update_ema, write_atomically
 from uvit import UVIT_SIZES, UViT
-from vae import sample_posterior
+from uvit import read_published as read_uvit
+from vae import latent_norm, sample_posterior
 
 # ---- method: noise paths and predictions ------------------------------------------------------------------
 
@@ -195,9 +200,10 @@ class Diffusion:
 
     config, plain values: space ("pixel", "dct" or "latent"), size, model, path (of PATHS), snr_scale, predict,
     classes (names, or None), label_dropout; in DCT space also block, keep, eta; in latent space latent_shape
-    [C, h, w], scale (1 / std of the latents), autoencoder (hash of its weights). Published weights add network (more
-    arguments of it) and reversed (SiT: it is shown 1 - t and gives -v). vae: the frozen autoencoder, in latent space.
-    amp() is the context in which the networks run (see `autocast`); all else is computed in float32.
+    [C, h, w], autoencoder (hash of its weights), scale and shift (absent: 0), each a number or a list by channel, which
+    normalise latents: (z - shift) scale. Published weights add network (more arguments of it). vae: the frozen
+    autoencoder, in latent space. amp() is the context in which the networks run (see `autocast`); all else is computed
+    in float32.
     """
 
     def __init__(self, config, network=None, vae=None, amp=contextlib.nullcontext):
@@ -208,6 +214,9 @@ class Diffusion:
         # As published: DiT and U-ViT are called with 999 t, SiT, which is DiT on the flow path, with t in 0..1.
         self.time_scale = 1.0 if config["path"] == "flow" and isinstance(self.network, DiT) else 999.0
         shape = config["latent_shape"] if config["space"] == "latent" else (3, config["size"], config["size"])
+        norm = (config.get("scale", 1.0), config.get("shift", 0.0))
+        norm = (torch.tensor(value).view(-1, 1, 1) for value in norm)  # (1 or C, 1, 1)
+        self.scale, self.shift = (value.to(next(vae.parameters()).device) if vae else value for value in norm)
         self.shape = (self.codec.num_tokens, self.codec.token_dim) if self.codec else tuple(shape)
 
     @property
@@ -227,12 +236,12 @@ class Diffusion:
     def from_moments(self, moments, noise=None):
         """The same from the mean and log variance that the autoencoder makes of images, (N, 2C, h, w)."""
         mean, logvar = moments.chunk(2, 1)
-        return self.config["scale"] * (mean if noise is None else sample_posterior(mean, logvar, noise))
+        return ((mean if noise is None else sample_posterior(mean, logvar, noise)) - self.shift) * self.scale
 
     def decode(self, x):
         """(N, *shape) -> images (N, 3, S, S) in [-1, 1]."""
         if self.config["space"] == "latent":
-            parts = (x / self.config["scale"]).split(VAE_BATCH)
+            parts = (x / self.scale + self.shift).split(VAE_BATCH)
             with self.amp():
                 return torch.cat([self.vae.decode(part).float() for part in parts]).clamp(-1, 1)
         return self.codec.decode(x) if self.codec else x.clamp(-1, 1)
@@ -252,10 +261,8 @@ class Diffusion:
         where there is one, is called with the prediction of x0 at every evaluation.
         """
 
-        def output(x, t, y, drop=None):
-            if self.config.get("reversed"):
-                return -self.call(self.network, x, 1 - t, y, drop).float()
-            return self.call(self.network, x, t, y, drop).float()
+        def output(*given):
+            return self.call(self.network, *given).float()
 
         def denoise(x, t):
             scale = guidance if y is not None and interval[0] <= t[0] <= interval[1] else 1.0
@@ -456,10 +463,13 @@ def diffusion_flops(diffusion):
 # ---- codec, autoencoder, targets --------------------------------------------------------------------------
 
 CODEC_IMAGES, CODEC_PIXELS = 50_000, 300e6  # looked at for eta and entropies
+KEEP_IMAGES = 5000  # looked at by --keep auto [ours; the paper: 50,000]
 
 
-def measure_codec(pixels, size, block, keep, processes):
-    """The codec's part of a config, measured on the data by all processes: eta, entropies. Prints PSNR by keep."""
+def measure_codec(pixels, size, block, keep, features, threshold, processes):
+    """The codec's part of a config, measured on the data by all processes: keep, eta, entropies. Keep "auto" is that
+    of `fewest_coefficients`, where process 0 has features, or the default. Prints PSNR by keep.
+    """
     statistics, read = DCTStatistics(block, device=processes.device), lambda where: pixels.read(where) / 127.5 - 1
     chosen = spread(pixels.indices, int(max(1, min(CODEC_IMAGES, CODEC_PIXELS / size**2))))
     parts = torch.from_numpy(chosen[processes.rank :: processes.world]).split(max(1, 2**21 // size**2))
@@ -469,13 +479,51 @@ def measure_codec(pixels, size, block, keep, processes):
     eta, entropies = statistics.eta(), statistics.entropies()
     if processes.main:
         psnr = psnr_per_keep(read(spread(pixels.indices, 64 if size <= 128 else 16)).to(processes.device), block)
+        if keep == "auto" and not features:
+            keep = default_keep(block, size)
+            print(f"keep     auto: {keep}, the default for blocks of {block}; with --features SPEC it is measured")
+        elif keep == "auto":
+            codec = partial(DCTCodec, size, block, eta=eta)
+            keep = fewest_coefficients(pixels, codec, features, threshold, psnr.tolist(), processes.device)
         counts = sorted({1, max(1, keep // 2), keep, min(keep + 1, len(psnr)), len(psnr)})
         by_keep = ", ".join(f"{count}: {psnr[count - 1]:.1f}" for count in counts)
         print(f"codec    B {block}, keep {keep}, eta {eta:.3f} from {len(chosen)} images")
         print(f"         PSNR by keep, dB: {by_keep} (all kept: the rest is lost to halved chroma)")
         for name, row in zip(("Y", "Cb", "Cr"), entropies[:, :keep].tolist()):
             print(f"         H({name}) ".ljust(15) + " ".join(f"{h:.2f}" for h in row[:12]) + " ..." * (len(row) > 12))
-    return {"eta": eta, "entropies": entropies.tolist()}
+    keep = processes.sum(torch.tensor(keep if processes.main else 0, device=processes.device)).item()
+    return {"keep": keep, "eta": eta, "entropies": entropies.tolist()}
+
+
+@torch.no_grad()
+def fewest_coefficients(pixels, codec, features, threshold, psnr, device):
+    """m* (DCTdiff, section 4.1): the fewest coefficients per block with which images, coded by codec(keep=), are at a
+    Frechet distance below `threshold` from themselves; by bisection, as the distance falls with their number. Prints
+    those tried beside their `psnr`, of 1..B*B. Raises InputError where even all do not do.
+    """
+    where, most, tried = spread(pixels.indices, KEEP_IMAGES), len(psnr), {}
+    parts = torch.from_numpy(where).split(64 if pixels.images.size <= 256 else 16)
+
+    def summary(title, change):
+        bar = progress(parts, desc=title, unit="batch")
+        return torch.cat([features(change(pixels.read(part.numpy()).to(device))) for part in bar])
+
+    def near(keep):
+        coder = codec(keep=keep)
+        coded = summary(f"keep {keep}", lambda x: to_uint8(coder.decode(coder.encode(x / 127.5 - 1))))
+        tried[keep] = frechet_distance(originals, coded)
+        return tried[keep] < threshold
+
+    originals = summary("features", lambda x: x)
+    keep = 1 + bisect.bisect_left(range(1, most + 1), True, key=near)
+    print(f"keep     distance and PSNR of {len(where)} images to themselves coded")
+    for count, distance in sorted(tried.items()):
+        chosen = f", the fewest below {threshold:g}" * (count == keep)
+        print(f"{count:8} {distance:9.4f} {psnr[count - 1]:6.1f} dB{chosen}")
+    if keep > most:
+        rest = f"even all {most} coefficients, with halved chroma, are at {tried[most]:.4g}"
+        raise InputError(f"--keep-threshold {threshold:g}: {rest}; a higher threshold, or --keep {most}")
+    return keep
 
 
 def open_autoencoder(path, device, wanted=None, wanted_by=None):
@@ -490,9 +538,9 @@ def open_autoencoder(path, device, wanted=None, wanted_by=None):
     return vae, info
 
 
-def open_vae(path, run, latents, size, device):
+def open_vae(path, run, latents, size, device, latent_norm=None):
     """The frozen autoencoder of latent space, from `path` or from where it was -> (vae, the config's part of it, where
-    it is). Raises InputError.
+    it is). The scale is None where it is to be measured. Raises InputError.
     """
     header, config, copied = latents.header if latents else {}, {}, run.folder / "autoencoder.pt"
     if run.checkpoint:
@@ -509,9 +557,11 @@ def open_vae(path, run, latents, size, device):
     vae, info = open_autoencoder(path, device, made_by, latents.folder if latents else run.folder)
     if size % vae.factor:
         raise InputError(f"--size {size}: the autoencoder {path} takes multiples of {vae.factor}")
-    scale = config.get("scale") or header.get("scale") or (info["latent"] or {}).get("scale")
+    sources = [config, header] + ([] if latent_norm else [info["config"], info["latent"] or {}])
+    norm = next((source for source in sources if source.get("scale")), {})
+    norm = {"latent_norm": norm.get("latent_norm", "one"), "scale": norm.get("scale"), "shift": norm.get("shift", 0.0)}
     shape = [vae.latent_channels, size // vae.factor, size // vae.factor]
-    return vae, {"latent_shape": shape, "scale": scale, "autoencoder": info["weights"]}, path
+    return vae, norm | {"latent_shape": shape, "autoencoder": info["weights"]}, path
 
 
 def copy_autoencoder(path, folder):
@@ -611,13 +661,142 @@ def compare_targets(args):
     print(f"picture {file}: images, and a row a target, in its first three principal components")
 
 
+# ---- published networks -----------------------------------------------------------------------------------
+
+SD_SCALE = 0.18215  # of SD-VAE latents, in every published latent model
+# DCTdiff's, all U-ViTs on the vp path that predict eps. Classes, tokens, width and coefficients kept per block
+# -> block, eta by data; c is SNR_SCALE's [code]
+DCTDIFF = {
+    (0, 64, 768, 4): (2, {"CIFAR-10": 242.382}),
+    (0, 256, 512, 4): (2, {"CelebA 64": 244.925}),
+    (1000, 256, 512, 4): (2, {"ImageNet 64": 247.125}),
+    (1000, 256, 768, 4): (2, {"ImageNet 64": 247.125}),
+    (0, 256, 512, 9): (4, {"FFHQ 128": 480.25}),
+    (0, 1024, 768, 8): (4, {"FFHQ 256": 485.0}),
+    (0, 1024, 768, 18): (8, {"FFHQ 512": 969.5, "AFHQ 512": 928.0}),
+}
+
+
+def read_network(checkpoint, kind, source, ema=True):
+    """The dict in a published DiT's, SiT's or U-ViT's file -> the part of `Diffusion`'s config that keys and shapes
+    tell, and the state dict: the average of the weights, or with ema=False the weights themselves. kind: "dit" or
+    "sit", as which their common keys are read; source: flag and file. Raises InputError.
+    """
+    states = state_dicts(checkpoint)
+    if not ema and not {"ema", "model"} <= states.keys():
+        raise InputError(f"--no-ema: {source} holds one set of weights; leave it out")
+    state = next(iter(states.values())) if ema else states["model"]
+    try:
+        config, weights = read_uvit(state) or read_dit(state, kind) or (None, None)
+    except ValueError as error:
+        raise InputError(f"{source}: {error}") from error
+    if config is None:
+        raise InputError(f"{source}: its keys are no DiT's, SiT's or U-ViT's; {seems(state)}")
+    tokens = "num_tokens" in config
+    return config | {"space": "dct" if tokens else "pixel" if config["channels"] == 3 else "latent"}, weights
+
+
+def published_network(file, name=None, vae=None, ema=True, codec=None):
+    """A published network from its file -> (config of `Diffusion`, state dict). `name` says whether it is a DiT or a
+    SiT (sit-xl/2), for which nothing else does; `codec` what a token network was trained with, see `dct_settings`.
+    Raises InputError where they do not fit, or where a latent model finds no `vae`, (VAE, info) of `load_autoencoder`.
+    """
+    checkpoint, codec = load_plain(file), codec or {}
+    kind = "sit" if (name or "").lower().startswith("sit") else "dit"
+    if CHECKPOINT <= checkpoint.keys():
+        raise InputError(f"--ckpt {file}: {seems(checkpoint)}; one of train_diffusion.py is given without --ckpt")
+    config, weights = read_network(checkpoint, kind, f"--ckpt {file}", ema)
+    model, space = config["model"].replace("sit-", "dit-", 1), config["space"]
+    names = [model, model.replace("dit-", "sit-", 1)] if model.startswith("dit-") else [model]
+    if name is None and len(names) > 1:
+        raise InputError(f"--ckpt {file}: its keys are a DiT's or a SiT's; --model {' or '.join(names)} says which")
+    if name and name.lower() not in [part for full in names for part in (full, full.partition("/")[0])]:
+        raise InputError(f"--model {name}: {file} is a {' or '.join(names)}")
+    config |= {"model": model, "snr_scale": 1.0}
+    if space != "latent" and vae:
+        raise InputError(f"--vae: {file} is a model of {'pixels' if space == 'pixel' else 'DCT tokens'}; leave it out")
+    if space == "dct":
+        classes, width = len(weights.get("label_emb.weight", ())), len(weights["proj.weight"])
+        shapes = (classes, config.pop("num_tokens"), width, config.pop("token_dim") // 6)
+        return config | dct_settings(shapes, f"--ckpt {file}", **codec), weights
+    given = [f"--{name.replace('_', '-')}" for name, value in codec.items() if value]
+    if given:
+        raise InputError(f"{given[0]}: is for networks on DCT tokens, {file} is one of maps")
+    channels, side = config.pop("channels"), config.pop("side")
+    if space == "pixel":
+        return config | {"size": side}, weights
+    if vae is None:
+        raise InputError(f"--ckpt {file}: a model of {channels}-channel latents; --vae FILE names the SD-VAE's weights")
+    autoencoder, info = vae
+    if autoencoder.latent_channels != channels:
+        raise InputError(f"--vae: latents of {autoencoder.latent_channels} channels, {file} takes {channels}")
+    config |= {"space": "latent", "size": side * autoencoder.factor, "latent_shape": [channels, side, side]}
+    norm = {name: info["config"][name] for name in ("scale", "shift") if name in info["config"]}  # of its config.json
+    return config | {"scale": SD_SCALE, "autoencoder": info["weights"]} | norm, weights
+
+
+def dct_settings(shapes, source, block=None, eta=None, snr_scale=None):
+    """What a network on DCT tokens was trained with, a part of `Diffusion`'s config: as given, or else as the published
+    one of these shapes, a key of `DCTDIFF`. Raises InputError, naming the flags that have to say it.
+    """
+    (classes, tokens, width, keep), (published, etas) = shapes, DCTDIFF.get(shapes, (None, {}))
+    block = block or {keep: block for (*_, keep), (block, _) in DCTDIFF.items()}.get(keep)
+    etas = etas if block == published else {}
+    size = math.isqrt(tokens) * 2 * (block or 0)
+    values = {"block": block, "eta": eta or (min(etas.values()) if len(etas) == 1 else None)}
+    values["snr_scale"] = snr_scale or (SNR_SCALE[size] if etas else None)
+    lacking = ", ".join(f"--{name.replace('_', '-')}" for name, value in values.items() if value is None)
+    if lacking and etas:
+        choices = " or ".join(f"{value} ({data})" for data, value in etas.items())
+        raise InputError(f"{source}: {lacking} says of which it is, {choices}")
+    if lacking:
+        text = f"{tokens} tokens of 6 x {keep}, {width} wide, {classes} classes"
+        raise InputError(f"{source}: none of DCTdiff's published networks ({text}); {lacking} must say its own")
+    return values | {"keep": keep, "size": size}
+
+
+def make_network(config, seed, init=None, allow_partial=False, write=print):
+    """The network of a run: random, the same in every process, or with the weights of `--init`, a run's or published.
+    A U-ViT's arguments that no flag has come with them, into config. Raises InputError.
+    """
+    torch.manual_seed(seed)
+    if not init:
+        return build_network(config)
+    kind = "sit" if config["path"] == "flow" else "dit"  # whose keys are the same
+    checkpoint = read_checkpoint(init, published=partial(read_network, kind=kind, source=f"--init {init}"))
+    theirs = checkpoint["config"]
+    if "network" in theirs and parse_model(config["model"])[0] is UViT:
+        config["network"] = theirs["network"]
+    network = build_network(config)
+    write(initialize(network, checkpoint, init, allow_partial))
+    if "side" in theirs and theirs["model"].startswith(kind):
+        name = {"dit": "DiT", "sit": "SiT"}[kind]
+        write(f"         read as a {name}, as the path is {config['path']}; the keys of DiTs and SiTs are the same")
+    names = [name for name in ("space", "path", "predict", "snr_scale", "block", "autoencoder") if name in theirs]
+    others = [f"{name} {theirs[name]} there, {config[name]} here" for name in names if theirs[name] != config.get(name)]
+    if "eta" in theirs and not math.isclose(theirs["eta"], config["eta"], rel_tol=0.01):
+        others.append(f"eta {theirs['eta']:.1f} there, {config['eta']:.1f} here, of this data")
+    if theirs.get("space") == config["space"] == "latent":
+        scales = [torch.tensor(norm.get("scale", SD_SCALE)) for norm in (theirs, config)]
+        if not torch.allclose(*torch.broadcast_tensors(*scales), rtol=0.1):
+            others.append(f"latents of {norm_text({'scale': SD_SCALE} | theirs)} there, {norm_text(config)} here")
+    if others:
+        write(f"warning: --init {init} was trained otherwise: {'; '.join(others)}")
+    return network
+
+
 # ---- training ---------------------------------------------------------------------------------------------
 
 
 def meta_network(config):
     """A network without weights, to look at. Raises InputError where its parts do not fit together."""
     with torch.device("meta"):
-        return build_network(config | {"eta": 1.0})
+        return build_network(unmeasured(config))
+
+
+def unmeasured(config):
+    """A config of which nothing has been measured, with numbers in those places."""
+    return config | {"eta": 1.0} | ({"keep": 1} if config["keep"] == "auto" else {})
 
 
 def to_x0(diffusion, x, moments, noise):
@@ -658,7 +837,11 @@ def open_images(args, run, latents, live):
 
 
 def open_data(args, run, latents, config, processes):
-    """What a run learns from -> Pixels or None, the complete config but for what is measured, Targets or None."""
+    """What a run learns from -> Pixels or None, the complete config but for what is measured, Targets or None, and the
+    features of --keep auto on process 0, or None.
+    """
+    measuring = args.features and processes.main and not run.checkpoint
+    features = Features(args.features, args.features_weights, args.size, processes.device) if measuring else None
     aligning, folder = bool(args.repa) and run.step < (args.repa_stop or math.inf), args.cache_targets
     records = Records(folder, "tokens", "--cache-targets") if folder and Records.is_complete(folder) else None
     images, identity = open_images(args, run, latents, live=aligning and not records)
@@ -679,7 +862,7 @@ def open_data(args, run, latents, config, processes):
         if latents and pixels.records and not np.array_equal(pixels.indices, latents.indices):
             changed = f"other images can be read now than when {latents.flag} was made of it"
             raise InputError(f"--data {args.data}: {changed}")
-    return pixels, config, targets
+    return pixels, config, targets, features
 
 
 def open_validation(spec, size, classes, label_dropout, processes):
@@ -700,12 +883,12 @@ def train(args):
     run, device, vae, config = Run(args, "diffusion", processes), processes.device, None, {}
     latents = Records(args.latents, "moments") if args.latents else None
     if args.space == "latent":
-        vae, config, origin = open_vae(args.vae, run, latents, args.size, device)
+        vae, config, origin = open_vae(args.vae, run, latents, args.size, device, args.latent_norm)
     if run.step >= run.steps:
         return processes.print(what_next(args.out, run.step, args.data, again=True))
 
     # ---- data
-    pixels, config, targets = open_data(args, run, latents, config, processes)
+    pixels, config, targets, features = open_data(args, run, latents, config, processes)
     data, classes = latents or pixels, config["classes"]
     validation = args.val and open_validation(args.val, args.size, classes, args.label_dropout, processes)
 
@@ -713,13 +896,14 @@ def train(args):
     if run.checkpoint:
         config = run.checkpoint["config"]
     elif args.space == "dct":
-        config |= measure_codec(pixels, args.size, args.block, args.keep, processes)
+        measured = measure_codec(pixels, args.size, args.block, args.keep, features, args.keep_threshold, processes)
+        config, features = config | measured, None
     elif vae and not config["scale"]:
-        config |= {"scale": latent_statistics(vae, pixels, device)["scale"]}
-    torch.manual_seed(args.seed)  # the same weights in every process
+        config |= latent_norm(latent_statistics(vae, pixels, device), args.latent_norm or "one")
     amp, dtype = autocast(args.amp, device)
-    diffusion = Diffusion(config, vae=vae, amp=amp)
-    network, dim = diffusion.network.to(device).train(), targets.dim if targets else run.checkpoint.get("target_dim")
+    network = make_network(config, args.seed, not run.step and args.init, args.init_partial, processes.print)
+    network.to(device).train()
+    diffusion, dim = Diffusion(config, network, vae, amp), targets.dim if targets else run.checkpoint.get("target_dim")
     projector = args.repa and make_projector(args.repa, network.width, dim, args.repa_width).to(device)
     aligned, ema = Aligned(network, projector, args.repa_depth), copy.deepcopy(network).eval().requires_grad_(False)
     weights = ebfr_weights(torch.tensor(config["entropies"]), config["keep"]).to(device) if args.ebfr else None
@@ -740,15 +924,14 @@ def train(args):
     log = run.start(parts, lambda: {"config": config, "target_dim": dim}, look, data.indices, flops, dtype)
     if vae and processes.main and not run.checkpoint and not args.benchmark:
         copy_autoencoder(origin, run.folder)
-    compiled = torch.compile if args.compile else lambda module: module
-    wrapped = processes.wrap(compiled(aligned))
+    wrapped = processes.wrap(aligned, args.compile)
 
     # ---- loop: batches until --repa-stop, which feed the encoder as well, and the rest
     batches = run.batches(pixels, latents, targets and targets.records, stop=args.repa_stop if targets else None)
     rest = run.batches(None if latents else pixels, latents)
     for step, where, flip, images, moments, cached in itertools.chain(batches, rest):
         if targets and step == args.repa_stop:
-            wrapped, targets = processes.wrap(compiled(Aligned(network))), None
+            wrapped, targets = processes.wrap(Aligned(network), args.compile), None
         t, eps, drop, noise = draw_step(args.seed, step, args.batch, run.share, *sampling, diffusion)
         y = torch.from_numpy(data.labels[where.numpy()]).to(device) if classes else None
         for part, last in run.parts_of(len(t)):
@@ -785,7 +968,7 @@ def describe(data, diffusion):
     shape = " x ".join(map(str, diffusion.shape))
     lines = [f"data     {data}, {names}" + ", ..." * (len(classes or ()) > 8)]
     if diffusion.vae:
-        lines.append(f"latents  scale {config['scale']:.4f}, autoencoder {config['autoencoder']}")
+        lines.append(f"latents  {norm_text(config)}, autoencoder {config['autoencoder']}")
     lines.append(f"model    {config['model']}, {millions:.2f}M parameters, input {shape}")
     lines.append(f"         {config['path']} path, c = {config['snr_scale']:g}, predicts {config['predict']}")
     return "\n".join(lines)
@@ -813,7 +996,7 @@ PUBLISHED = dict(path="vp", predict="eps", t_sampling="uniform", ebfr=True, lr=2
 PUBLISHED |= dict(weight_decay=0.03, warmup=5000, lr_decay="none", clip=0.0, ema=0.9999, batch=256, steps=500_000)
 LATENT = PUBLISHED | dict(path="flow", predict="v", ebfr=False, lr=1e-4, betas=[0.9, 0.999], weight_decay=0.0)
 LATENT |= dict(warmup=0, clip=1.0, steps=400_000)
-KEEP = {2: 4, 4: 9, 8: 18}  # coefficients kept per block [code]; 8 of 16 from 256 px on
+KEEP = {2: 4, 4: 9, 8: 18}  # coefficients kept per block [code]
 SNR_SCALE = {32: 2.0, 64: 4.0, 128: 4.0, 256: 4.0, 512: 12.0}  # c of the vp paths by resolution, in DCT space [code]
 # On the flow path c is B^2 [ours]: dividing by eta, about 128 B, makes the noise of a token B times that of a pixel.
 ALIGNMENT_DEPTH = 8  # at most, of the tap: of REPA's SiT-L and XL; 4 of 12 blocks in its SiT-B
@@ -830,6 +1013,11 @@ def depth_of(model):
     network, sizes, _ = parse_model(model)
     with torch.device("meta"):
         return network(**sizes).depth
+
+
+def default_keep(block, size):
+    """Coefficients kept per block: as published, elsewhere their share at blocks of 8."""
+    return 8 if block == 4 and size >= 256 else KEEP.get(block, max(1, block**2 * 9 // 32))
 
 
 def recipe(first):
@@ -849,9 +1037,11 @@ def recipe(first):
     size, path = first.size or values["size"], first.path or values["path"]
     if space == "dct":
         block = first.block or (8 if size >= 512 else 4 if size >= 128 or tiny else 2)  # tiny networks want few tokens
-        keep = 8 if block == 4 and size >= 256 else KEEP.get(block, max(1, block**2 * 9 // 32))
         nearest = min(SNR_SCALE, key=lambda at: abs(at - size))
-        values |= {"block": block, "keep": keep, "snr_scale": float(block**2) if path == "flow" else SNR_SCALE[nearest]}
+        scale = float(block**2) if path == "flow" else SNR_SCALE[nearest]
+        if first.features in (None, "inception"):
+            values["keep_threshold"] = 0.5
+        values |= {"block": block, "keep": default_keep(block, size), "snr_scale": scale}
     else:
         values |= {"ebfr": None, "snr_scale": 1.0}
     name = f"{short_name(first.latents or first.data or values['data'])}-{size}-{space}"
@@ -874,6 +1064,11 @@ def alignment_defaults(args):
     return values
 
 
+def number_or_auto(text):
+    """An argparse type: of --keep."""
+    return text if text == "auto" else at_least(1)(text)
+
+
 def parse(argv=None):
     parser = Parser(__doc__)
     switch, count = argparse.BooleanOptionalAction, at_least(1)
@@ -886,6 +1081,8 @@ def parse(argv=None):
     add("--latents", metavar="FOLDER", help="of train_vae.py --encode, whose header says what else is needed")
     use = "autoencoder that encodes at every step, or where that of --latents is now"
     add("--vae", metavar="CKPT", help=f"{use}: run of train_vae.py, SD-VAE weights")
+    norm = "without --latents: latents to unit std as one, or each channel to mean 0 and std 1 (default: what the"
+    add("--latent-norm", choices=("one", "channel"), help=f"{norm} config.json of --vae says, else one)")
     add = parser.add_argument_group("model and loss").add_argument
     sizes = "uvit-nano|tiny|s|m|l|h or dit-nano|tiny|s|b|l|xl, on pixels and latents /PATCH may follow"
     add("--model", default="dit-nano", metavar="NAME", help=sizes)
@@ -896,7 +1093,13 @@ def parse(argv=None):
     scaling = "SNR scaling: in DCT space B^2 on flow and by size on vp, elsewhere 1"
     add("--snr-scale", type=at_least(1e-9, float), metavar="C", help=scaling)
     add("--block", type=count, metavar="B", help="DCT block size")
-    add("--keep", type=count, metavar="K", help="coefficients kept per block")
+    fewest = "coefficients kept per block; auto: the fewest whose truncation costs less than --keep-threshold"
+    add("--keep", type=number_or_auto, metavar="K", help=fewest)
+    distance = "Frechet distance in --features (default: inception's 0.5, as in the paper; others have other scales)"
+    add("--keep-threshold", type=at_least(0, float), metavar="X", help=distance)
+    spec = "of --keep auto: inception, hog or REPO:ENTRY (default: none, the number that is the default of --keep)"
+    add("--features", metavar="SPEC", help=spec)
+    add("--features-weights", metavar="FILE", help="local Inception weights (default: torch-fidelity downloads them)")
     add("--ebfr", action=switch, help="entropy-based frequency reweighting")
     add("--classes", action=switch, help="train with classes (default: where the data has them)")
     add("--label-dropout", type=fraction, default=0.1, metavar="P", help="share of labels made the null class")
@@ -921,13 +1124,22 @@ def parse(argv=None):
         raise InputError("--space latent: needs --latents FOLDER (of train_vae.py --encode) or --vae CKPT")
     if args.space != "latent" and (args.latents or args.vae):
         raise InputError(f"--space {args.space}: --latents and --vae are for --space latent")
+    if args.latent_norm and (args.latents or not args.vae):
+        remedy = "into the header of --latents, train_vae.py --encode DATA --latent-norm writes it"
+        raise InputError(f"--latent-norm {args.latent_norm}: is for --vae without --latents; {remedy}")
     if args.latents and args.size != args.defaults["size"]:
         made = f"{args.latents} was made of images of {args.defaults['size']} pixels"
         raise InputError(f"--size {args.size}: {made}; leave it out")
     if args.space == "dct":
-        make_codec(vars(args) | {"eta": 1.0})  # raises where size, block and keep do not fit together
+        make_codec(unmeasured(vars(args)))  # raises where size, block and keep do not fit together
     elif args.block or args.keep or args.ebfr:
         raise InputError("--block, --keep, --ebfr: only for --space dct")
+    chosen = args.features or args.features_weights or args.keep_threshold != args.defaults["keep_threshold"]
+    if args.keep != "auto" and chosen:
+        raise InputError("--features, --keep-threshold: are for --keep auto; leave them out")
+    if args.keep == "auto" and args.keep_threshold is None:
+        other = f"--features {args.features}: its distances have another scale than Inception's"
+        raise InputError(f"{other}; --keep-threshold X says how large they may be")
     useful = alignment_defaults(args)
     for name in ("encoder", "repa_depth", "repa_weight", "repa_stop", "repa_sigmas", "repa_width", "cache_targets"):
         if getattr(args, name) is not None and name not in useful:

@@ -48,12 +48,12 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from dct import white_level
-from repa import PATCH_ENCODER_SIZE, as_map, frechet_distance, load_encoder
+from repa import ISC_SPLITS, KID_SUBSETS, PATCH_ENCODER_SIZE, as_map, frechet_distance, load_encoder
 from spectral_losses import BINS, DSM_BLOCK, DSM_KEEP_ALL, DSM_LEVELS, block_that_fits, blurs, compare_with_target
-from spectral_losses import downscale, esm_loss, kl_loss, low_pass, power_law_exponent, psd, resize_to_latent
-from spectral_losses import scale_and_rotate, vf_loss
-from vae import PRESETS, SSIM_WINDOW, VAE, LatentStatistics, PatchGAN, adaptive_weight, hinge_loss, load_lpips, psnr
-from vae import read_published, sample_posterior, ssim
+from spectral_losses import downscale, esm_loss, kl_loss, low_pass, patch_artefacts, power_law_exponent, psd
+from spectral_losses import resize_to_latent, rmsc, scale_and_rotate, vf_loss
+from vae import PRESETS, SSIM_WINDOW, VAE, LatentStatistics, PatchGAN, adaptive_weight, hinge_loss, latent_norm
+from vae import load_lpips, psnr, published_norm, read_published, sample_posterior, ssim
 
 # ---- method: what the decoder is shown --------------------------------------------------------------------
 
@@ -236,16 +236,20 @@ def some_images(images, count, batch, workers, name="evaluate"):
 
 
 @torch.no_grad()
-def measure(vae, batches, device, seed=0, lpips=None, features=None, delta=1.0, error=F.l1_loss):
+def measure(vae, batches, device, seed=0, lpips=None, features=None, delta=1.0, error=F.l1_loss, low_passed=False):
     """Everything that is reported of an autoencoder -> (dict of plain values, rows of pictures).
 
     Reconstructions are of the posterior's mean, spectra of its samples (as the losses see them), judged against the
-    image's times f^delta; pixel_error is the mean `error`.
+    image's times f^delta; pixel_error is the mean `error`; low_passed asks for rFIDs of low-passed images as well.
     """
-    values, noise, latents, rows, spectra, scored = {}, generator(seed, 4), LatentStatistics(), [], ([], []), ([], [])
+    values, noise, latents, rows, spectra, scored = {}, generator(seed, 4), LatentStatistics(), [], ([], []), {}
 
     def add(name, value):  # (n, ...)
         values.setdefault(name, []).append(value.double().cpu())
+
+    def compare(name, *pairs):  # uint8 (n, 3, S, S): originals, reconstructions
+        if features:
+            scored.setdefault(name, []).append([features(images) for images in pairs])
 
     for pixels in batches:
         pixels = pixels.to(device)
@@ -258,27 +262,32 @@ def measure(vae, batches, device, seed=0, lpips=None, features=None, delta=1.0, 
         add("pixel_error", error(made, x, reduction="none").flatten(1).mean(1))
         if lpips:
             add("lpips", lpips(x, made))
-        if features:
-            scored[0].append(features(pixels).float().cpu())
-            scored[1].append(features(to_uint8(made)).float().cpu())
+        compare("rfid", pixels, to_uint8(made))
         z = sample_posterior(mean, logvar, torch.randn(mean.shape, generator=noise).to(device))
         small = resize_to_latent(x, z.shape[-2:])
         for name, field, spectrum in zip(("image", "latent"), (small, z), spectra):
             spectrum.append(psd(field).double().cpu())
             add(f"{name}_alpha", power_law_exponent(field).expand(len(x)))
+            add(f"{name}_rmsc", rmsc(field))
         add("target_alpha", power_law_exponent(small, delta=delta).expand(len(x)))
+        factor = x.shape[-1] // z.shape[-1]
+        for name, field in (("image", x), ("made", made)) if 1 < factor <= x.shape[-1] // 3 else ():
+            add(f"{name}_artefacts", patch_artefacts(field, factor).expand(len(x)))
         pictures = [x[:PER_ROW], made[:PER_ROW]]
         block = block_that_fits(*z.shape[-2:])
         for k in DSM_LEVELS if block else ():
             target, output = low_pass(x, k, block).clamp(-1, 1), vae.decode(low_pass(mean, k, block)).clamp(-1, 1)
             add(f"lowpass_psnr_{k}", psnr(to_uint8(target), to_uint8(output)))
+            if low_passed:
+                compare(f"lowpass_rfid_{k}", to_uint8(target), to_uint8(output))
             pictures += [target[:PER_ROW], output[:PER_ROW]]
         rows = rows or [picture.cpu() for picture in pictures]
     result = {name: torch.cat(value).mean(0).tolist() for name, value in values.items()}
     result |= compare_with_target(*map(torch.cat, spectra), *z.shape[-2:], delta)
-    if features:
-        result["rfid"] = frechet_distance(*map(torch.cat, scored))
+    result |= {name: frechet_distance(*map(torch.cat, zip(*parts))) for name, parts in scored.items()}
     result |= {f"latent_{key}": value for key, value in latents.result().items()}
+    shares = torch.tensor(result["latent_eigenspectrum"])
+    result["latent_effective_channels"] = torch.special.entr(shares).sum().exp().item()  # exp of their entropy
     return result | {"images": len(torch.cat(values["psnr"])), "latent_side": z.shape[-1], "size": x.shape[-1]}, rows
 
 
@@ -311,7 +320,9 @@ def report(name, result):
 
 
 def spectrum_rows(result):
-    """A result of `measure` as rows of title, format, in some rows the image's and the target's figure, the latents'"""
+    """A result of `measure` as rows of title, format, in some rows the image's and the target's figure, the latents'.
+    Results of a group (see `grouped`) have the same rows.
+    """
     unit, raw, names = result["unit_std"], result["raw"], ("image", "target", "latent")
     rows = list(zip(result["bands"], [".4f"] * BINS, *(unit[f"{name}_shares"] for name in names)))
     sums = (("KL of mean spectra", ".4f", "kl_of_mean_spectra"), ("upper half", "+.3f", "upper_share"))
@@ -319,20 +330,30 @@ def spectrum_rows(result):
         rows += [(title, form, unit[key]), ("  raw", form, raw[key])]
     rows.append(("alpha", ".2f", *(result[f"{name}_alpha"] for name in names)))
     rows.append(("std about own mean", ".3f", *(result["spatial_std"][name] for name in names)))
-    rows += [("std", ".3f", result["latent_std"]), ("PSNR, dB", ".2f", result["psnr"]), ("SSIM", ".4f", result["ssim"])]
-    levels = [k for k in DSM_LEVELS if f"lowpass_psnr_{k}" in result]
-    return rows + [(f"low-pass {k}", ".2f", result[f"lowpass_psnr_{k}"]) for k in levels]
+    rows.append(("std", ".3f", result["latent_std"]))
+    largest = [*result["latent_eigenspectrum"], 0, 0, 0][:4]
+    rows += [(f"component {i}", ".3f", share) for i, share in enumerate(largest, 1)]
+    rows.append(("effective channels", ".2f", result["latent_effective_channels"]))
+    rows.append(("RMSC", ".3f", result["image_rmsc"], result["latent_rmsc"]))
+    titles = {"psnr": ("PSNR, dB", ".2f"), "ssim": ("SSIM", ".4f")}
+    titles |= {f"lowpass_psnr_{k}": (f"low-pass {k}", ".2f") for k in DSM_LEVELS} | {"rfid": ("rFID", ".4f")}
+    titles |= {f"lowpass_rfid_{k}": (f"low-pass {k} rFID", ".4f") for k in DSM_LEVELS}
+    rows += [(*title, result[name]) for name, title in titles.items() if name in result]
+    if "made_artefacts" in result:
+        rows.append(("patch artefacts", ".3f", result["image_artefacts"], result["made_artefacts"]))
+    return rows
 
 
 def spectrum_table(results):
     """Print results with one target: shares of log power by band at unit std, and sums."""
     width, first = max(8, *(len(name) + 2 for name in results)), next(iter(results.values()))
     side = first["latent_side"]
-    print(f"share of log power per band of {side} x {side} latents at unit std; target = {target_name(first)}")
+    of = f"{side} x {side} latents, {first['size']} px, at unit std"
+    print(f"share of log power per band of {of}; target = {target_name(first)}")
     print(f"{'band':<22}{'image':>8}{'target':>8}" + "".join(name.rjust(width) for name in results))
     for rows in zip(*map(spectrum_rows, results.values())):
         title, form, *others, _ = rows[0]
-        cells = "".join(format(other, form).rjust(8) for other in others).rjust(16)
+        cells = "".join(format(other, form).rjust(8) for other in others).ljust(16)
         print(f"{title:<22}{cells}" + "".join(format(row[-1], form).rjust(width) for row in rows))
 
 
@@ -444,7 +465,7 @@ def open_lpips(weight, vgg, heads, processes):
 def open_rfid(spec, weights, size, processes):
     """The features of rFID on process 0, or None."""
     hint = "--features inception --features-weights FILE, or --features REPO:ENTRY,"
-    load = spec != "none" and partial(open_features, spec, weights, size, processes.device)
+    load = spec != "none" and partial(Features, spec, weights, size, processes.device)
     named = (weights or spec != "inception") and "rFID"
     return optional("rFID", load, named, hint, processes) if processes.main else None
 
@@ -524,6 +545,8 @@ def train(args):
     # ---- model
     objective = make_objective(args, processes, run.checkpoint)
     one_pass, vae, critic = objective.one_pass, objective.vae, objective.critic
+    if args.init and not run.checkpoint:  # the autoencoder alone: projector and discriminator begin anew
+        write(initialize(vae, read_checkpoint(args.init, "autoencoder"), args.init, args.init_partial))
     features = open_rfid(args.features, args.features_weights, args.size, processes) if not args.benchmark else None
     optimizer, critic_optimizer = run.optimizer(one_pass), run.optimizer(critic) if gan else None
     ema = copy.deepcopy(vae).requires_grad_(False) if args.ema else None
@@ -629,7 +652,7 @@ def evaluate_only(args):
     images, folder = Images(data_of(args.val or args.data, info), size), Path(args.out or run_folder(args.ckpt))
     batches = some_images(images, args.eval_images or len(images), args.batch, processes.workers(args.workers))
     result, rows = measure(vae, batches, processes.device, args.seed, lpips, features, target_delta(info["args"]))
-    report(run_folder(args.ckpt).resolve().name, result)
+    report(name_of(args.ckpt), result)
     stem = folder / "samples" / f"eval-step{info['step']:07d}-{short_name(images.spec)}-{size}"
     files = save_pictures(rows, stem)
     write_json(f"{stem}.json", result)
@@ -644,12 +667,19 @@ def compare_spectra(args):
         return
     folder, results, spec = Path(args.out or "runs/spectrum"), {}, args.val or args.data
     count, workers = args.eval_images or EVAL_IMAGES, processes.workers(args.workers)
-    for path in args.spectrum:
-        vae, info, size = open_trained(path, args.size, processes.device, "--spectrum")
-        spec, name = data_of(spec, info), run_folder(path).resolve().name  # the first one's data, for all
-        name = path if name in results else name
+    opened = [open_trained(path, args.size, processes.device, "--spectrum") for path in args.spectrum]
+    if len(sizes := sorted({size for *_, size in opened})) > 1:
+        print(
+            f"note: images of {', '.join(map(str, sizes))} px, each as it was trained; --size compares all at one size"
+        )
+    for path, (vae, info, size) in zip(args.spectrum, opened):
+        spec, name = data_of(spec, info), name_of(path)  # the first one's data, for all
+        name = str(Path(path).resolve()) if name in results else name
         batches = some_images(Images(spec, size), count, args.batch, workers, name)
-        results[name], _ = measure(vae, batches, processes.device, args.seed, delta=target_delta(info["args"]))
+        settings = {"seed": args.seed, "delta": target_delta(info["args"]), "low_passed": True}
+        if args.features != "none":
+            settings["features"] = Features(args.features, args.features_weights, size, processes.device)
+        results[name], _ = measure(vae, batches, processes.device, **settings)
     for name, result in results.items():
         print(f"{name}: latents {verdict(result)}")
     for group in grouped(results):
@@ -673,8 +703,10 @@ def save_rfid(folder, result, features, files, images, step, weights):
         record_score(folder, {"frechet_distance": result["rfid"], "kind": "reconstruction", **protocol})
 
 
-def encode_data(spec, ckpt, size, out, device, batch, workers):
-    """`--encode SPEC --ckpt CKPT --out FOLDER`: latents of stage 2, `Records` of moments. The same command goes on."""
+def encode_data(spec, ckpt, size, out, device, batch, workers, norm):
+    """`--encode SPEC --ckpt CKPT --out FOLDER`: latents of stage 2, `Records` of moments. The same command goes on;
+    with another --latent-norm only the header of complete ones changes.
+    """
     processes = Processes(device)
     vae, info, size = open_trained(ckpt, size, processes.device, "--encode")
     images = processes.local_first(partial(Images, spec, size, "--encode"))
@@ -690,17 +722,29 @@ def encode_data(spec, ckpt, size, out, device, batch, workers):
         views = (view.contiguous(memory_format=layout(x.device)) for view in (x, x.flip(-1)))
         return torch.stack([torch.cat(vae.encode(view), 1) for view in views], 1).half().cpu().numpy()
 
-    def scale(records):
+    def normalise(records):
+        if not norm and "scale" in info["config"]:
+            return {name: info["config"][name] for name in ("latent_norm", "scale", "shift")}
         statistics, some = LatentStatistics(), spread(records.indices, SCALE_LIMIT)
         for part in np.array_split(some, math.ceil(len(some) / 256)):
             statistics.add(*records.read(part).float().flatten(0, 1).chunk(2, 1))
-        return {"scale": statistics.result()["scale"]}
+        return latent_norm(statistics.result(), norm or "one")
 
     shape = (2, 2 * vae.latent_channels, size // vae.factor, size // vae.factor)
-    records = Records.make(folder, images, made_by, shape, moments, processes, workers, batch, "--out", scale)
-    scaled = f"scale {records.header['scale']:.4f}, autoencoder {info['weights']}"
+    records = Records.make(folder, images, made_by, shape, moments, processes, workers, batch, "--out", normalise)
+    if processes.main and norm and records.header.get("latent_norm", "one") != norm:  # runs keep their own
+        records.header |= normalise(records)
+        write_json(folder / "header.json", records.header)
+    scaled = f"{norm_text(records.header)}, autoencoder {info['weights']}"
     processes.print(f"{folder}: {len(records.indices)} images, {scaled}")
     processes.print(f"  diffuse  python train_diffusion.py --latents {quoted(folder)}")
+
+
+def norm_text(norm):
+    """The normalisation of latents, of a header or a config, in words."""
+    kind, values = norm.get("latent_norm", "one"), (norm["scale"], norm.get("shift", 0.0))
+    ranges = (f"{min(v):.4f} to {max(v):.4f}" if isinstance(v, list) else f"{v:.4f}" for v in values)
+    return "scale {}, shift {}".format(*ranges) + ", by diffusers' config.json" * (kind == "published")
 
 
 # ---- shared by all programs: images -----------------------------------------------------------------------
@@ -871,7 +915,7 @@ class Images(Dataset):
             return Image.fromarray(dead_leaves(self.names[i], self.size, full=self.option == "full"))
         if self.kind == "cifar10":
             return Image.fromarray(self.pixels[self.names[i]])
-        return Image.open(io.BytesIO(self._bytes(self.names[i])))
+        return Image.open(io.BytesIO(self._bytes(self.names[i])) if self.kind == "zip" else self.path / self.names[i])
 
     def read(self, i):
         """Image i as (3, size, size) uint8, or None, its name printed, where it is unreadable or truncated."""
@@ -940,7 +984,8 @@ class Records:
     """What is computed once per image of a data set: a folder of plain files, memory-mapped, that np.load reads alone.
 
     header.json  kind, complete, size (of the images), images (`Images.identity`), data, and what made the values: of
-                 moments autoencoder (hash of its weights), preset, factor, vae (where it was), scale; of tokens encoder
+                 moments autoencoder (hash of its weights), preset, factor, vae (where it was), latent_norm, scale and
+                 shift (see `vae.latent_norm`); of tokens encoder
     values.npy   pixels (N, 3, S, S) uint8; moments (mean, log variance) of each image and its mirror image
                  (N, 2, 2C, h, w) float16, or tokens (N, 2, T, D) float16. Record i is image i
     done.npy     (N,) uint8: 0 to be made, 1 made, 2 unreadable
@@ -1153,7 +1198,8 @@ class Processes:
         if self.world > 1:
             dist.barrier(device_ids=self.device_ids)
 
-    def wrap(self, network):
+    def wrap(self, network, compiling=False):
+        network = torch.compile(network) if compiling else network
         return DistributedDataParallel(network, device_ids=self.device_ids) if self.world > 1 else network
 
     def no_sync(self, wrapped, last):
@@ -1210,7 +1256,7 @@ def seeds(*numbers, count=1):
 
 
 # The last of a step's numbers says what is drawn, so that no two draws share theirs; ORDER goes by epochs.
-ORDER, TIMES, FLIPS, VIEWS, NOISE, POSTERIOR = 0, 1, 2, 3, 6, 7
+ORDER, TIMES, FLIPS, VIEWS, NOISE, POSTERIOR, DEAL = 0, 1, 2, 3, 6, 7, 8
 
 
 def generator(*numbers, device="cpu"):
@@ -1289,41 +1335,152 @@ def save_grid(images, file, columns):
     return file
 
 
-def read_checkpoint(path, kind="diffusion"):
+def read_checkpoint(path, kind="diffusion", published=None):
     """The dict in a run folder's checkpoint.pt, or in a file, of a diffusion model or an "autoencoder" (which may be
-    published weights). Raises InputError; runs no code.
+    published weights, a file or a folder of diffusers'). published(the dict in any other file) -> config, state dict.
+    Raises InputError; runs no code.
     """
     path, programs = Path(path), ["train_diffusion.py", "train_vae.py"]
     program, other = programs if kind == "diffusion" else reversed(programs)
-    file = path / "checkpoint.pt" if path.is_dir() else path
     if not path.exists():
         raise InputError(f"{path}: no such run folder or checkpoint")
+    file = weights_in(path)
     if not file.exists():
         begun = " (one is being written, or its writing was cut off)" if Path(f"{file}.tmp").exists() else ""
-        raise InputError(f"{path}: no checkpoint.pt in it yet{begun}; training writes one at --save-every, and at last")
+        diffusers = ", nor diffusers' diffusion_pytorch_model.safetensors or .bin" * (kind == "autoencoder")
+        when = "training writes one at --save-every, and at last"
+        raise InputError(f"{path}: no checkpoint.pt in it yet{begun}{diffusers}; {when}")
     checkpoint = load_plain(file)
-    missing = {"config", "model", "ema", "step"} - checkpoint.keys()
+    missing = CHECKPOINT - {key for key, value in checkpoint.items() if key != "config" or isinstance(value, dict)}
     if missing and kind == "autoencoder":
-        try:
-            shape, state = read_published(checkpoint)
-        except ValueError as error:
-            raise InputError(f"{file}: {error}") from error
-        return {"config": shape, "model": state, "ema": None, "step": 0}
+        published = partial(published_autoencoder, file)
+    if missing and published:
+        config, state = published(checkpoint)
+        return {"config": config, "model": state, "ema": None, "step": 0}
     if missing:
-        published = "published weights of a DiT, SiT or U-ViT take sample.py --ckpt FILE --model NAME --vae FILE"
-        raise InputError(f"{file}: no checkpoint of {program}, it lacks {', '.join(sorted(missing))}; {published}")
+        remedy = "published weights of a DiT, SiT or U-ViT take sample.py --ckpt FILE"
+        lacks = f"it lacks {', '.join(sorted(missing))}"
+        raise InputError(f"{file}: no checkpoint of {program}, {lacks}; {seems(checkpoint)}; {remedy}")
     if ("widths" in checkpoint["config"]) != (kind == "autoencoder"):
         raise InputError(f"{file}: a checkpoint of {other}; give one of {program}")
     return checkpoint
 
 
-def load_plain(file):
-    """The dict of tensors and plain values in a file of torch.save. Raises InputError; runs no code."""
+def published_autoencoder(file, checkpoint):
+    """The dict in a file of published weights -> config, state dict. Raises InputError."""
+    config = diffusers_config(file.parent / "config.json")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # in training checkpoints of DiT, SiT and REPA
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        shape, state = read_published(next(iter(state_dicts(checkpoint).values())), config)
+        return shape | (published_norm(config, shape["latent_channels"]) if config else {}), state
+    except ValueError as error:
+        raise InputError(f"{file}: {error}; {seems(checkpoint)}") from error
+
+
+def weights_in(path):
+    """The file that a path means: itself, a run's checkpoint.pt, or in diffusers' layout that of an autoencoder's
+    folder, or of a pipeline's vae/.
+    """
+    if not path.is_dir():
+        return path
+    names = (f"diffusion_pytorch_model{kind}" for kind in (".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin"))
+    files = [folder / name for name in names for folder in (path, path / "vae")]
+    return next((file for file in (path / "checkpoint.pt", *files) if file.exists()), path / "checkpoint.pt")
+
+
+def diffusers_config(file):
+    """The dict in a config.json of diffusers' AutoencoderKL, or None where there is none. Raises InputError."""
+    try:
+        config = json.loads(file.read_text()) if file.is_file() else None
+    except (ValueError, OSError) as error:
+        raise InputError(f"{file}: cannot be read as JSON ({error}); mend it, or take it away") from error
+    return config if isinstance(config, dict) and config.get("_class_name") == "AutoencoderKL" else None
+
+
+CHECKPOINT = {"config", "model", "ema", "step"}  # keys of those of our trainers
+CONTENTS = (  # how files begin that hold no weights
+    (r"\A\Z", "it is empty: fetch it again"),
+    (r"\APK\x03\x04", "it seems to be half a download of a file of torch.save: fetch it again"),
+    (r"\A\s*<[^\0]*\Z", "it seems to be a web page, which is what some links give: fetch the file itself"),
+    (r"\Aversion https://git-lfs", "it is git-lfs's pointer to the file: git lfs pull fetches it"),
+    (r"\A\s*[\[{][^\0]*\Z", "it seems to be JSON, no weights: name the file beside it that holds them"),
+    (r"\A[\t\n\r -~]+\Z", "it seems to be text, no weights"),
+)
+LAYOUTS = (  # keys, one a line, of weights
+    (r"lora_|\.lora\.", "a LoRA"),
+    (r"^model\.diffusion_model\.", "a whole Stable Diffusion checkpoint"),
+    (r"^(time_embedding\.|(down_blocks|mid_block)\..*transformer_blocks\.)", "diffusers' UNet"),
+    (r"^transformer_blocks\.", "a transformer in diffusers' layout"),
+    (r"^x_embedder\.", "a DiT or a SiT"),
+    (r"^proj\.weight$", "DCTdiff's U-ViT on tokens"),
+    (r"^in_blocks\.", "a U-ViT"),
+    (r"(en|de)coder\.(mid_block|down_blocks|up_blocks)\.", "an autoencoder in diffusers' layout"),
+    (r"(en|de)coder\.(mid|down|up)\.", "an autoencoder in the original layout"),
+    (r"text_model\.encoder\.", "a text encoder"),
+    (r"^lin\d\.", "the heads of LPIPS"),
+    (r"^features\.\d+\.weight", "VGG-16"),
+    (r"Mixed_5b\.", "Inception"),
+)
+
+
+def described(text, table):
+    """The words of the first form in a table that is found in a text, or None."""
+    return next((words for form, words in table if re.search(form, text, re.MULTILINE)), None)
+
+
+def state_dicts(checkpoint):
+    """Those in a published file, in the order in which they are preferred, prefixes stripped: {"ema", "state_dict",
+    "model": what there is of them}, or else {"": the whole}.
+    """
+    checkpoint = strip_prefixes(checkpoint)
+    parts = {name: checkpoint.get(name) for name in ("ema", "state_dict", "model")}
+    return {name: strip_prefixes(part) for name, part in parts.items() if isinstance(part, dict)} or {"": checkpoint}
+
+
+def seems(checkpoint):
+    """What a dict that is not the weights asked for seems to be, by its keys, in words."""
+    if CHECKPOINT <= checkpoint.keys() and isinstance(checkpoint["config"], dict):
+        return f"it is a checkpoint of {'train_vae.py' if 'widths' in checkpoint['config'] else 'train_diffusion.py'}"
+    keys = list(next(iter(state_dicts(checkpoint).values())))
+    words = described("\n".join(keys), LAYOUTS) or "nothing known here"
+    return f"it seems to be {words} ({', '.join(keys[:2])[:80]} ...)" if keys else "it is empty"
+
+
+class Ignored:
+    """Takes, where a checkpoint is read, the place of an object that is neither tensor nor plain; does nothing."""
+
+    def __init__(self, *args):
+        pass
+
+    __setstate__ = __init__
+
+
+# What lies in training checkpoints beside the weights: in those of DiT, SiT and REPA, and of Lightning, as Stable
+# Diffusion's and latent diffusion's are, with numpy's scalars.
+LIGHTNING = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "numpy.dtype", "_codecs.encode")
+LIGHTNING += ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+HARMLESS = [argparse.Namespace]
+HARMLESS += [type(name.split(".")[-1], (Ignored,), {"__module__": name.rpartition(".")[0]}) for name in LIGHTNING]
+
+
+def load_plain(file):
+    """The dict of tensors and plain values in a file of torch.save, or of the tensors in one of safetensors, told apart
+    by their content. Raises InputError; runs no code.
+    """
+    try:
+        with open(file, "rb") as handle:
+            head = handle.read(512)
+        if not zipfile.is_zipfile(file) and (words := described(head.decode("latin-1"), CONTENTS)):
+            raise InputError(f"{file}: {words}")
+        if head[8:9] == b"{" and 0 in head[:8]:  # no length has more than seven bytes
+            return read_safetensors(file)
+        with open(file, "rb") as handle, torch.serialization.safe_globals(HARMLESS):  # no name: it would trust that
+            checkpoint = torch.load(handle, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except FileNotFoundError as error:
         raise InputError(f"{file}: no such file") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{file}: is a folder; name the file in it") from error
     except pickle.UnpicklingError as error:
         content = "it holds more than tensors and plain values, or is no checkpoint"
         raise InputError(f"{file}: refused, {content}") from error
@@ -1333,9 +1490,67 @@ def load_plain(file):
     return checkpoint if isinstance(checkpoint, dict) else {}
 
 
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SAFETENSORS |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+SAFETENSORS |= {"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+HEADER_LIMIT = 100_000_000  # bytes, by the format
+
+
+def read_safetensors(file):
+    """The tensors of a file of safetensors, memory-mapped: 8 bytes, little-endian, the length of a JSON header {name:
+    {dtype, shape, data_offsets}}, then the tensors' bytes end to end. Raises InputError where the header lies.
+    """
+    data = np.memmap(file, np.uint8, "c")  # copy on write, as torch wants its memory
+    begin = 8 + int.from_bytes(data[:8].tobytes(), "little")
+
+    def check(condition, otherwise):
+        if not condition:
+            false = "safetensors with a false header, or not all of the file"
+            raise InputError(f"{file}: {false}: {otherwise[:200]}; fetch it again")
+
+    def are_counts(values):
+        return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
+
+    check(begin <= min(len(data), 8 + HEADER_LIMIT), f"a header of {begin - 8} bytes in a file of {len(data)}")
+    try:
+        header = json.loads(data[8:begin].tobytes())
+    except (ValueError, RecursionError) as error:
+        check(False, f"no JSON ({str(error)[:80]})")
+    check(isinstance(header, dict), "no JSON object")
+    notes = header.pop("__metadata__", {})
+    check(isinstance(notes, dict) and all(isinstance(v, str) for v in notes.values()), "__metadata__ is no text")
+    entries, end = [], 0
+    for name, entry in header.items():
+        fields, entry = ("dtype", "shape", "data_offsets"), entry if isinstance(entry, dict) else {}
+        dtype, shape, offsets = map(entry.get, fields)
+        check(isinstance(dtype, str) and dtype in SAFETENSORS, f"{name!r} has the dtype {dtype!r}")
+        check(are_counts(shape), f"{name!r} has the shape {shape!r}")
+        check(are_counts(offsets) and len(offsets) == 2, f"{name!r} has the offsets {offsets!r}")
+        size = math.prod(shape) * SAFETENSORS[dtype].itemsize
+        check(offsets[1] - offsets[0] == size, f"{name!r}, {shape} of {dtype}, takes {size} bytes, not {offsets}")
+        entries.append((*offsets, name, SAFETENSORS[dtype], shape))
+    for start, stop, name in sorted(entry[:3] for entry in entries):
+        check(start == end, f"{name!r} begins at byte {start}, the tensors before it end at {end}")
+        end = stop
+    check(begin + end == len(data), f"{end} bytes of tensors announced, {len(data) - begin} there")
+    state = {}
+    for start, stop, name, dtype, shape in entries:
+        part = torch.from_numpy(data[begin + start : begin + stop])  # a storage each, as torch.save wants them
+        part = part.clone() if (begin + start) % dtype.itemsize else part  # torch wants its memory aligned
+        state[name] = part.view(dtype).view(shape)
+    return state
+
+
 def run_folder(path):
     """The folder of a run given by itself or by its checkpoint file."""
     return Path(path) if Path(path).is_dir() else Path(path).parent
+
+
+def name_of(path):
+    """A word for an autoencoder: the folder of a run, or of diffusers', else the stem of a file."""
+    path = Path(path).resolve()
+    ours = re.match(r"checkpoint(-\d+)?\.pt|best\.pt|autoencoder\.pt|diffusion_pytorch_model\.", path.name)
+    return run_folder(path).name if ours or path.is_dir() else path.stem
 
 
 def strip_prefixes(state):
@@ -1353,17 +1568,46 @@ def load_weights(network, state, source, assign=False):
         raise InputError(f"{source}: weights of another architecture than this {name}: {lines}") from error
 
 
+def initialize(network, checkpoint, path, allow_partial):
+    """Give a new run's network the weights of a checkpoint, their average where there is one -> a line that says so.
+    Raises InputError where tensors differ in name or shape and may not be left as they are, or where no weights fit.
+    """
+    theirs, ours = strip_prefixes(checkpoint["ema"] or checkpoint["model"]), network.state_dict()
+
+    def shape(state, key):
+        return tuple(getattr(state[key], "shape", ())) if key in state else "none"
+
+    keys = {**ours, **theirs}
+    fits = {key: value for key, value in theirs.items() if shape(theirs, key) == shape(ours, key)}
+    others = [f"{key} {shape(theirs, key)} there, {shape(ours, key)} here" for key in keys if key not in fits]
+    text, config = "; ".join(others[:3]) + "; ..." * (len(others) > 3), checkpoint["config"]
+    name = config.get("model") or config.get("preset") or "published"
+    if not any(value.ndim > 1 for value in fits.values()):
+        raise InputError(f"--init {path}: {name}, whose weights do not fit this {type(network).__name__} ({text})")
+    if others and not allow_partial:
+        remedy = f"--init-partial begins with the {len(fits)} that fit"
+        raise InputError(f"--init {path}: {len(others)} of {len(keys)} tensors differ ({text}); {remedy}")
+    network.load_state_dict(fits, strict=False)
+    line = f"init     {path}, {name}" + (f", step {checkpoint['step']}" if checkpoint["step"] else "")
+    return line + (f"\n         {len(others)} of {len(keys)} tensors differ and stay new: {text}" if others else "")
+
+
 def load_autoencoder(path, device):
     """-> the frozen VAE of a run of train_vae.py or of published weights, and its checkpoint without the weights, with
     "weights", their hash. The average of the weights is taken where there is one. Raises InputError.
     """
     checkpoint = read_checkpoint(path, "autoencoder")
     state, config = checkpoint["ema"] or checkpoint["model"], checkpoint["config"]
-    with torch.device("meta"):
-        vae = VAE(config["widths"], config["latent_channels"], config["num_res_blocks"]).requires_grad_(False)
+    shape = (*(config[name] for name in ("widths", "latent_channels", "num_res_blocks")), config.get("attention", ()))
+    try:
+        with torch.device("meta"):
+            vae = VAE(*shape).requires_grad_(False)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
     load_weights(vae, state, path, assign=True)
+    weights = fingerprint(vae.state_dict())  # in one order, whatever the file's
     info = {key: checkpoint.get(key) for key in ("config", "step", "args", "latent", "val")}
-    return vae.to(device, torch.float32).eval(), info | {"weights": fingerprint(state)}
+    return vae.to(device, torch.float32).eval(), info | {"weights": weights}
 
 
 def fingerprint(state):
@@ -1391,30 +1635,62 @@ def open_encoder(spec, size, processes, resolution=PATCH_ENCODER_SIZE):
     return encoder, tokens
 
 
-@torch.no_grad()
-def open_features(spec, weights, size, device):
-    """`--features`: a function, images (N, 3, size, size) uint8 -> features (N, D). Raises InputError."""
-    try:
-        encoder = load_encoder(spec, device, antialias=True, weights=weights)
-        encoder(torch.zeros(1, 3, size, size, device=device))
-    except ValueError as error:
-        raise InputError(f"--features {spec}: {error}" + "; or use inception" * (spec != "inception")) from error
-    return lambda images: encoder(images / 127.5 - 1)[1]
+class Features:
+    """`--features`, called with images (N, 3, size, size) uint8 -> features (N, D) float32 on the CPU. Attributes:
+    encoder, device, width (D). Raises InputError.
+    """
+
+    def __init__(self, spec, weights, size, device):
+        self.device = device
+        try:
+            self.encoder = load_encoder(spec, device, antialias=True, weights=weights)
+            self.width = self(torch.zeros(1, 3, size, size)).shape[1]
+        except ValueError as error:
+            raise InputError(f"--features {spec}: {error}" + "; or use inception" * (spec != "inception")) from error
+
+    @torch.no_grad()
+    def __call__(self, images):
+        return self.encoder(images.to(self.device) / 127.5 - 1)[1].float().cpu()
 
 
 def crop_text(size):
     return f"centre, box halving, bicubic to {size}"
 
 
+def score_names(features):
+    """{key in scores.jsonl: name}, in the table's order. Only distances of Inception's features are called FID, KID."""
+    distances = ("FID", "KID") if features == "inception" else ("Frechet distance", "kernel distance")
+    names = {"frechet_distance": distances[0], "floor": "  its floor", "kid": distances[1]}
+    return names | {"inception_score": "Inception Score", "precision": "precision", "recall": "recall"}
+
+
 def record_score(folder, result):
-    """Print a score with its protocol, and add it to scores.jsonl in a folder."""
-    for key, entry in result.items():
+    """Print a score as a table with its protocol, and add it to scores.jsonl in a folder. Raises InputError where
+    that cannot be written.
+    """
+    protocol, names = dict(result), score_names(result["features"])
+    n, reference, half = (protocol.pop(key, None) for key in ("images", "reference_images", "floor_images"))
+    counts = {"floor": (half, half), "inception_score": (n, "-")}
+    over = {"kid": f"{KID_SUBSETS} subsets of {protocol.pop('kid_subset_size', '-')}"}
+    over["inception_score"] = f"{ISC_SPLITS} splits"
+    print(f"{'':18}{'value':>10}{'images':>9}{'reference':>11}{'std':>9}")
+    for key, name in names.items():
+        if key in protocol:
+            value, spread = protocol.pop(key), protocol.pop(f"{key}_std", None)
+            ours, theirs = (f"{m:,}" if isinstance(m, int) else m or "?" for m in counts.get(key, (n, reference)))
+            row = f"{name:18}{'-' if value is None else f'{value:.5g}':>10}{ours:>9}{theirs:>11}"
+            print(row if spread is None else f"{row}{spread:>9.2g}  {over[key]}")
+    for key, entry in protocol.items():
         print(f"  {key:18} {entry}")
-    count = min(result["images"], result["reference_images"])
-    if count < 10_000:
-        print(f"  note: {count} images; below 10,000 the distance is biased upwards: compare equal counts only")
-    with (Path(folder) / "scores.jsonl").open("a") as log:
-        log.write(json.dumps(result) + "\n")
+    if (least := min(n, reference or n)) < 10_000:
+        unbiased = f" ({names['kid']} is not)" if result.get("kid") is not None else ""
+        biased = f"below 10,000 the distance is biased upwards{unbiased}"
+        print(f"  note: {least} images; {biased}: compare equal counts only")
+    try:
+        with (Path(folder) / "scores.jsonl").open("a") as log:
+            log.write(json.dumps(result) + "\n")
+    except OSError as error:
+        raise InputError(f"{folder}/scores.jsonl: cannot be written ({error.strerror}); the score is above") from error
 
 
 # ---- shared by both trainers: a run -----------------------------------------------------------------------
@@ -1424,7 +1700,7 @@ WARM_UP = 2  # steps that a benchmark does not count
 # Flags that may change when a run goes on; what data it is, is compared by what it holds.
 FREE = "steps grad_accum device workers compile log_every eval_every save_every snapshot_every fresh benchmark out "
 FREE += "data val cache features features_weights lpips_vgg lpips_heads eval_images eval_only spectrum encode ckpt "
-FREE = set((FREE + "latents vae cache_targets rmsc defaults").split())
+FREE = set((FREE + "latents vae cache_targets rmsc init_partial defaults").split())
 
 
 class progress(tqdm):
@@ -1583,9 +1859,9 @@ class Log:
 
 
 def binding(flags):
-    """The flags that a run must go on with. Where an encoder lies may change, not which one it is."""
-    names = {name: value for name, value in flags.items() if name not in FREE}
-    return names | {"encoder": (flags.get("encoder") or "").rpartition(":")[2]}
+    """The flags that a run must go on with. Where an encoder or --init lies may change, not which one it is."""
+    names, encoder = {name: value for name, value in flags.items() if name not in FREE}, flags.get("encoder") or ""
+    return names | {"encoder": encoder.rpartition(":")[2] or None, "init": Path(flags.get("init") or "").name or None}
 
 
 class Run:
@@ -1600,6 +1876,8 @@ class Run:
         if args.batch % (processes.world * args.grad_accum):
             divisor = f"{processes.world} processes x --grad-accum {args.grad_accum}"
             raise InputError(f"--batch {args.batch}: must be a multiple of {divisor}")
+        if args.init_partial and not args.init:
+            raise InputError("--init-partial: means nothing without --init FILE")
         local = args.batch // processes.world
         self.share, self.micro = slice(processes.rank * local, (processes.rank + 1) * local), local // args.grad_accum
         self.steps, self.folder, self.cache = args.steps, Path(args.out), args.cache
@@ -1860,6 +2138,9 @@ def add_training_flags(parser):
     add("--save-every", type=count, default=500, metavar="N", help="steps between checkpoints")
     add("--snapshot-every", type=count, metavar="N", help="keep a numbered checkpoint every N steps (default: none)")
     add("--fresh", action="store_true", help="never resume: --out must be empty")
+    init = "begin with the network's weights (the average, where there is one) of a run or of published weights"
+    add("--init", metavar="RUN_OR_FILE", help=f"{init}; a run that goes on no longer reads them (default: random)")
+    add("--init-partial", action="store_true", help="where tensors of --init differ in name or shape, random ones")
     add("--benchmark", type=at_least(0), default=0, metavar="N", help="time N steps part by part, leave nothing behind")
 
 
@@ -1886,7 +2167,7 @@ def recipe(first):
         preset = read_checkpoint(first.ckpt, "autoencoder")["config"].get("preset")
     values = dict(TINY if preset == "tiny" else PUBLISHED)
     if first.eval_only or first.spectrum or first.encode:  # they take size and data from the autoencoder
-        values |= {"size": None, "batch": 32}
+        values |= {"size": None, "batch": 32} | ({"features": "none"} if first.spectrum else {})
         if first.lpips_vgg or first.lpips_heads:
             values["lpips_weight"] = 1.0  # any weight measures
         return values
@@ -1925,15 +2206,20 @@ def parse(argv=None):
     add("--gan-weight", type=weight, metavar="W", help="of the GAN, beside its adaptive weight, 0 for none")
     add("--gan-start", type=at_least(0), default=50_000, metavar="STEP", help="steps before the GAN starts")
     add = parser.add_argument_group("looking at autoencoders").add_argument
-    add("--features", metavar="SPEC", help="of rFID: inception, REPO:ENTRY or none")
+    add("--features", metavar="SPEC", help="of rFID, also low-passed: inception, hog, REPO:ENTRY or none")
     add("--features-weights", metavar="FILE", help="local Inception weights (default: torch-fidelity downloads them)")
     add("--eval-images", type=at_least(1), metavar="N", help="of an evaluation (default: 1000, with --eval-only all)")
     add("--eval-only", action="store_true", help="report on --ckpt, train nothing")
     add("--spectrum", nargs="+", metavar="CKPT", help="compare the spectra of these autoencoders, train nothing")
     add("--encode", metavar="SPEC", help="encode these images with --ckpt into latents, train nothing")
-    add("--ckpt", metavar="CKPT", help="run folder or checkpoint of this program, or SD-VAE weights, original layout")
+    norm = "of --encode: latents to unit std as one, or each channel to mean 0 and std 1 (default: what the config.json"
+    add("--latent-norm", choices=("one", "channel"), help=f"{norm} of --ckpt says, else one)")
+    ckpt = "run or checkpoint of this program, or SD-VAE weights: a file, or a folder of diffusers'"
+    add("--ckpt", metavar="CKPT", help=ckpt)
     add_training_flags(parser)
     args = parser.complete(argv, recipe)
+    if args.latent_norm and not args.encode:
+        raise InputError(f"--latent-norm {args.latent_norm}: is for --encode; a run's checkpoint has both")
     if "eq" in parse_regularizer(args.regularizer) and args.compile:
         raise InputError("--compile: eq has images of nearly as many sizes as there are steps; leave it out")
     return args
@@ -1943,7 +2229,9 @@ def main(args):
     if args.spectrum:
         compare_spectra(args)
     elif args.encode:
-        encode_data(args.encode, args.ckpt, args.size, args.out, args.device, args.batch, args.workers)
+        encode_data(
+            args.encode, args.ckpt, args.size, args.out, args.device, args.batch, args.workers, args.latent_norm
+        )
     elif args.eval_only:
         evaluate_only(args)
     elif args.ckpt:

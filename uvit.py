@@ -16,7 +16,8 @@ import math
 import torch
 import torch.nn as nn
 
-from dit import Attention, Mlp, PatchEmbed, check_call, sincos_positions, takes_maps, timestep_features, unpatchify
+from dit import Attention, Mlp, PatchEmbed, check_call, sincos_positions, size_name, takes_maps, timestep_features
+from dit import unpatchify
 
 UVIT_SIZES = {  # paper, table 1, and M of the CIFAR-10 / DCTdiff settings; "nano" and "tiny" are for CPUs
     "nano": dict(embed_dim=128, depth=6, num_heads=4, sincos_init=True),
@@ -151,27 +152,31 @@ class UViT(nn.Module):
 
 
 def read_published(state):
-    """A published U-ViT on maps, read off the keys of its plain state dict as `dit.read_published` does: config, whose
-    `network` holds arguments of `UViT`, and state; None where the keys are another network's. Raises ValueError.
+    """A published U-ViT, read off the keys of its plain state dict as `dit.read_published` does: config, whose
+    `network` holds arguments of `UViT` beside its size's, and state; None where the keys are another network's. Of a
+    network on tokens the config has num_tokens and token_dim instead of channels and side. Raises ValueError.
     """
-    patches = state.get("patch_embed.proj.weight")
-    if getattr(patches, "ndim", 0) != 4:
+    patches = state.get("patch_embed.proj.weight", state.get("proj.weight"))  # of maps, of tokens
+    if getattr(patches, "ndim", 0) != (4 if "patch_embed.proj.weight" in state else 2):
         return None
-    _, channels, patch, _ = patches.shape
-    rows = len(state.get("label_emb.weight", ()))
+    (width, channels, *patch), rows = patches.shape, len(state.get("label_emb.weight", ()))
     null = rows not in (0, 1000)  # ImageNet's 1000 rows hold no null class, 1001 do
     try:
         network = {
             "conv": "final_layer.weight" in state,
             "mlp_time_embed": "time_embed.0.weight" in state,
             "qkv_bias": "mid_block.attn.qkv.bias" in state,
-            "num_classes": rows or -1,
             "mlp_ratio": len(state["mid_block.mlp.fc1.weight"]) / len(state["mid_block.norm1.weight"]),
         }
-        side = math.isqrt(state["pos_embed"].shape[1] - 1 - bool(rows)) * patch
-    except (KeyError, IndexError, ValueError) as error:
+        num_tokens = state["pos_embed"].shape[1] - 1 - bool(rows)
+    except (KeyError, IndexError) as error:
         raise ValueError(f"is no whole uvit's ({error})") from error
-    config = {"patch": patch, "channels": channels, "side": side, "network": network, "predict": "eps"}
-    config |= {"path": "vp" if channels == 3 else "vp-sd", "label_dropout": 0.1 if null else 0.0}
-    config |= {"classes": [str(i) for i in range(rows - null)] if rows else None}
+    depth = 2 * len({key.split(".")[1] for key in state if key.startswith("in_blocks.")})
+    config = {"model": f"uvit-{size_name(UVIT_SIZES, width, depth)}", "network": network, "predict": "eps"}
+    if patch:
+        config |= {"model": f"{config['model']}/{patch[0]}", "side": math.isqrt(num_tokens) * patch[0]}
+        config |= {"channels": channels, "path": "vp" if channels == 3 else "vp-sd"}
+    else:
+        config |= {"num_tokens": num_tokens, "token_dim": channels, "path": "vp"}
+    config |= {"classes": [str(i) for i in range(rows - null)] if rows else None, "label_dropout": 0.1 if null else 0.0}
     return config, {key: value for key, value in state.items() if not key.startswith("projectors.")}

@@ -7,6 +7,7 @@ Keys and outputs are those of the original release, so that published weights lo
     images = vae.decode(sample_posterior(mean, logvar))
 """
 
+import re
 import tempfile
 from pathlib import Path
 
@@ -14,14 +15,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# f: pixels per latent pixel along a side, d: latent channels. f8d4, f16d16, f16d32 (VA-VAE's) and f32d64 have the
-# widths of their release; VA-VAE's weights have attention in the levels as well and do not load.
+# f: pixels per latent pixel along a side, d: latent channels, with the widths of their release. VA-VAE, like E2E-VAVAE
+# and IN-VAE, is f16d32 (or f16d16) with attention in the last level as well.
 PRESETS = {
     "tiny": dict(widths=(32, 64, 64), latent_channels=4, num_res_blocks=1),  # f4, for CPUs
     "f4d4": dict(widths=(128, 256, 512), latent_channels=4),
     "f8d4": dict(widths=(128, 256, 512, 512), latent_channels=4),
+    "f8d16": dict(widths=(128, 256, 512, 512), latent_channels=16),  # SD3's and FLUX's
     "f16d16": dict(widths=(128, 128, 256, 256, 512), latent_channels=16),
     "f16d32": dict(widths=(128, 128, 256, 256, 512), latent_channels=32),
+    "vavae": dict(widths=(128, 128, 256, 256, 512), latent_channels=32, attention=(4,)),
     "f32d64": dict(widths=(128, 128, 256, 256, 512, 512), latent_channels=64),
 }
 GROUPS = 32
@@ -88,17 +91,18 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, and the way to the next."""
+    """The residual blocks of one resolution, where there is attention each followed by it, and the way to the next."""
 
-    def __init__(self, c_in, c_out, blocks, downsample=False, upsample=False):
+    def __init__(self, c_in, c_out, blocks, attention, downsample=False, upsample=False):
         super().__init__()
         self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(blocks))
+        self.attn = nn.ModuleList(Attention(c_out) if attention else nn.Identity() for _ in range(blocks))
         self.downsample = Downsample(c_out) if downsample else nn.Identity()
         self.upsample = Upsample(c_out) if upsample else nn.Identity()
 
     def forward(self, x):
-        for block in self.block:
-            x = block(x)
+        for block, attention in zip(self.block, self.attn):
+            x = attention(block(x))
         return self.upsample(self.downsample(x))
 
 
@@ -115,12 +119,13 @@ class Middle(nn.Module):
 class Encoder(nn.Module):
     """Images (N, 3, H, W) -> (N, 2 latent_channels, H/f, W/f), f = 2^(levels - 1)"""
 
-    def __init__(self, widths, latent_channels, num_res_blocks):
+    def __init__(self, widths, latent_channels, num_res_blocks, attention):
         super().__init__()
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         channels = zip((widths[0], *widths), widths)  # into and out of every level
-        levels = (Level(*pair, num_res_blocks, downsample=i < last) for i, pair in enumerate(channels))
+        blocks = num_res_blocks
+        levels = (Level(*pair, blocks, i in attention, downsample=i < last) for i, pair in enumerate(channels))
         self.down = nn.ModuleList(levels)
         self.mid = Middle(widths[-1])
         self.norm_out, self.conv_out = norm(widths[-1]), nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1)
@@ -135,12 +140,13 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents (N, latent_channels, h, w) -> images (N, 3, f h, f w); up[0] is the highest resolution."""
 
-    def __init__(self, widths, latent_channels, num_res_blocks):
+    def __init__(self, widths, latent_channels, num_res_blocks, attention):
         super().__init__()
         self.conv_in = nn.Conv2d(latent_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1])
         channels = zip((*widths[1:], widths[-1]), widths)  # into and out of every level
-        levels = (Level(*pair, num_res_blocks + 1, upsample=i > 0) for i, pair in enumerate(channels))
+        blocks = num_res_blocks + 1
+        levels = (Level(*pair, blocks, i in attention, upsample=i > 0) for i, pair in enumerate(channels))
         self.up = nn.ModuleList(levels)
         self.norm_out, self.conv_out = norm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
 
@@ -154,16 +160,17 @@ class Decoder(nn.Module):
 class VAE(nn.Module):
     """Variational autoencoder. Attributes: factor (pixels per latent pixel along a side), latent_channels.
 
-    Raises ValueError for widths that are no multiples of 32 (the groups of its norms).
+    attention: the levels, 0 the highest resolution, with attention after every residual block. Raises ValueError for
+    widths that are no multiples of 32 (the groups of its norms).
     """
 
-    def __init__(self, widths=(128, 256, 512, 512), latent_channels=4, num_res_blocks=2):
+    def __init__(self, widths=(128, 256, 512, 512), latent_channels=4, num_res_blocks=2, attention=()):
         super().__init__()
         if not widths or any(width % GROUPS or width < GROUPS for width in widths):
             raise ValueError(f"widths {tuple(widths)} must be multiples of {GROUPS}")
         self.factor, self.latent_channels = 2 ** (len(widths) - 1), latent_channels
-        self.encoder = Encoder(widths, latent_channels, num_res_blocks)
-        self.decoder = Decoder(widths, latent_channels, num_res_blocks)
+        self.encoder = Encoder(widths, latent_channels, num_res_blocks, attention)
+        self.decoder = Decoder(widths, latent_channels, num_res_blocks, attention)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
 
@@ -186,26 +193,88 @@ def sample_posterior(mean, logvar, noise=None):
     return mean + torch.exp(0.5 * logvar) * (torch.randn_like(mean) if noise is None else noise)
 
 
-def read_published(state):
-    """SD-VAE weights in their original layout, alone or in a Stable Diffusion checkpoint -> the arguments of `VAE`, and
-    the state dict it loads. Raises ValueError, to follow the file's name, on another layout.
+# ---- published weights ------------------------------------------------------------------------------------
+
+DIFFUSERS = {  # names in diffusers' AutoencoderKL, of several releases -> the original ones
+    "mid_block.resnets.0.": "mid.block_1.",
+    "mid_block.resnets.1.": "mid.block_2.",
+    "mid_block.attentions.0.": "mid.attn_1.",
+    "down_blocks.": "down.",
+    ".resnets.": ".block.",
+    ".attentions.": ".attn.",
+    ".downsamplers.0.": ".downsample.",
+    ".upsamplers.0.": ".upsample.",
+    ".conv_shortcut.": ".nin_shortcut.",
+    ".conv_norm_out.": ".norm_out.",
+    ".group_norm.": ".norm.",
+}
+DIFFUSERS |= {f".to_{name}.": f".{name}." for name in "qkv"} | {".to_out.0.": ".proj_out."}
+DIFFUSERS |= {f".{name}.": f".{name[0]}." for name in ("query", "key", "value")} | {".proj_attn.": ".proj_out."}
+
+
+def read_published(state, config=None):
+    """SD-VAE weights in the original layout or in diffusers', alone or within a checkpoint, and diffusers' config.json
+    where there is one -> the arguments of `VAE`, and the state dict it loads. Quantising convolutions that the file
+    lacks become identities. Raises ValueError, to follow the file's name, on another layout.
     """
-    state, prefix = state.get("state_dict", state), "first_stage_model."
-    if any(key.startswith(prefix) for key in state):
-        state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # the rest is the loss's networks
-    state = {key: value for key, value in state.items() if key.startswith(parts)}
+    inner, first = state.get("state_dict"), "encoder.conv_in.weight"
+    state = inner if isinstance(inner, dict) else state
+    prefix = next((key.removesuffix(first) for key in state if key.endswith(first)), "")
+    parts = tuple(f"{prefix}{part}" for part in ("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))
+    tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(parts)}
+    if any(".mid_block." in key for key in state):
+        state = from_diffusers(state)
     convolution = "encoder.down.{}.block.{}.conv1.weight"  # of a level and a block
     levels = max(1, sum(convolution.format(i, 0) in state for i in range(16)))
     blocks = sum(convolution.format(0, i) in state for i in range(16))
     try:
         widths = tuple(state[convolution.format(i, 0)].shape[0] for i in range(levels))
-        channels = state["post_quant_conv.weight"].shape[1]
-        return dict(widths=widths, latent_channels=channels, num_res_blocks=blocks), state
+        entry = state["decoder.conv_in.weight"]
+        channels = entry.shape[1]
     except (KeyError, IndexError) as error:
-        other = "; these are in diffusers' layout" if any("down_blocks" in key for key in state) else ""
-        layout = f"SD-VAE weights in their original layout (no {error}){other}"
-        raise ValueError(f"neither a checkpoint of train_vae.py nor {layout}") from error
+        layouts = "SD-VAE weights in the original layout or in diffusers'"
+        raise ValueError(f"neither a checkpoint of train_vae.py nor {layouts} (no {error})") from error
+    for name, width in (("quant_conv", 2 * channels), ("post_quant_conv", channels)):
+        if f"{name}.weight" not in state:
+            if config and config.get(f"use_{name}", True):
+                raise ValueError(f"has no {name}, and its config.json does not set use_{name} to false")
+            state[f"{name}.weight"] = torch.eye(width, dtype=entry.dtype)[:, :, None, None]
+            state[f"{name}.bias"] = torch.zeros(width, dtype=entry.dtype)
+    for name, ours in {"norm_num_groups": GROUPS, "act_fn": "silu"}.items():
+        if config and config.get(name, ours) != ours:
+            raise ValueError(f"its config.json sets {name} to {config[name]}; it is {ours} here")
+    attention = tuple(i for i in range(levels) if f"encoder.down.{i}.attn.0.norm.weight" in state)
+    return dict(widths=widths, latent_channels=channels, num_res_blocks=blocks, attention=attention), state
+
+
+def from_diffusers(state):
+    """A state dict of diffusers' AutoencoderKL by its original names; its linear attention as 1x1 convolutions."""
+    ups, renamed = len({key.split(".")[2] for key in state if key.startswith("decoder.up_blocks.")}), {}
+    for key, value in state.items():
+        for theirs, ours in DIFFUSERS.items():
+            key = key.replace(theirs, ours)
+        key = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{ups - 1 - int(match[1])}", key)
+        renamed[key] = value[:, :, None, None] if ".attn" in key and value.ndim == 2 else value
+    return renamed
+
+
+def published_norm(config, channels):
+    """How the config.json of a diffusers' AutoencoderKL of so many channels normalises latents, see `latent_norm`.
+    Raises ValueError where its values are no such numbers.
+    """
+    scale, std = config.get("scaling_factor", 0.18215), config.get("latents_std")  # diffusers' default
+    shift = config.get("shift_factor") or config.get("latents_mean") or 0.0
+    try:
+        scale = [scale / float(s) for s in std] if std else float(scale)
+        shift = [float(s) for s in shift] if isinstance(shift, list) else float(shift)
+        pair = torch.stack([torch.tensor(value).expand(channels) for value in (scale, shift)])
+        if not pair.isfinite().all() or (pair[0] <= 0).any():
+            raise ValueError("they must be finite, the scales positive")
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        names = "scaling_factor, shift_factor, latents_mean or latents_std"
+        raise ValueError(f"{names} in its config.json do not fit {channels} channels ({error})") from error
+    return {"latent_norm": "published", "scale": scale, "shift": shift}
 
 
 # ---- discriminator ----------------------------------------------------------------------------------------
@@ -338,20 +407,37 @@ def ssim(x, y, window=SSIM_WINDOW, sigma=1.5):
 
 
 class LatentStatistics:
-    """Mean and standard deviation of sampled latents, exactly, from a stream of posteriors."""
+    """Means, standard deviations and principal components of sampled latents, exactly, from a stream of posteriors."""
 
     def __init__(self):
-        self.total = self.squares = self.count = 0
+        self.total = self.products = self.count = 0
 
     def add(self, mean, logvar):
         """mean, logvar (N, C, h, w)"""
-        mean, logvar = mean.double(), logvar.double()
-        self.total = self.total + mean.sum((0, 2, 3)).cpu()
-        self.squares = self.squares + (mean.square() + logvar.exp()).sum().cpu()
-        self.count += mean[:, 0].numel()
+        flat = mean.double().movedim(1, 0).flatten(1)  # (C, N h w)
+        variance = logvar.double().exp().sum((0, 2, 3))
+        self.total = self.total + flat.sum(1).cpu()
+        self.products = self.products + (flat @ flat.mT + variance.diag()).cpu()
+        self.count += flat.shape[1]
 
     def result(self):
-        """-> {"mean" per channel, "std" over all, "scale" = 1 / std}"""
+        """-> {"mean" and "channel_std" per channel, "std" over all, "scale" = 1 / std, "eigenspectrum": shares of the
+        variance by principal component of the channels, the largest first}
+        """
         mean = self.total / self.count
-        std = (self.squares / (self.count * len(mean)) - mean.mean() ** 2).sqrt().item()
-        return {"mean": mean.tolist(), "std": std, "scale": 1 / std}
+        covariance = self.products / self.count - mean[:, None] * mean
+        std = ((covariance.trace() / len(mean)) + mean.var(correction=0)).sqrt().item()
+        principal = torch.linalg.eigvalsh(covariance).flip(0).clamp_min(0)
+        result = {"mean": mean.tolist(), "std": std, "scale": 1 / std, "channel_std": covariance.diag().sqrt().tolist()}
+        return result | {"eigenspectrum": (principal / principal.sum()).tolist()}
+
+
+def latent_norm(statistics, kind):
+    """How latents of these statistics, a result of `LatentStatistics`, are normalised, (z - shift) scale: "one" scale
+    makes their std 1, or each "channel" gets mean 0 and std 1 (LightningDiT, arXiv 2501.01423) -> {"latent_norm": kind,
+    "scale" and "shift": a number or a list by channel}
+    """
+    if kind == "one":
+        return {"latent_norm": kind, "scale": statistics["scale"], "shift": 0.0}
+    scale = [1 / std for std in statistics["channel_std"]]
+    return {"latent_norm": kind, "scale": scale, "shift": statistics["mean"]}
