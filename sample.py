@@ -173,7 +173,7 @@ def open_model(args, device):
         return config, weights, 0, vae and vae[0]
     for name, value in ({"model": args.model} | codec).items():
         if value:
-            flag = f"--{name.replace('_', '-')} {value}"
+            flag = f"{train_vae.flag_name(name)} {value}"
             raise InputError(f"{flag}: is for --ckpt; {args.run} says itself what it is")
     checkpoint, vae = train_vae.read_checkpoint(args.run), None
     config = checkpoint["config"]
@@ -451,7 +451,7 @@ def score_sets(args, device):
     """`--score-folder A --score B`, and `--score B --save-reference FILE` alone: no model is asked."""
     spec, flag = (args.score_folder, "--score-folder") if args.score_folder else (args.score, "--score")
     for name in (name for name in args.defaults if name not in OF_SETS and getattr(args, name) != args.defaults[name]):
-        given = args.run if name == "run" else f"--{name.replace('_', '-')}"
+        given = args.run if name == "run" else train_vae.flag_name(name)
         raise InputError(f"{flag} {spec}: images are scored as they are; leave {given} out")
     if not args.score or (not args.score_folder and spec.endswith(".npz")):
         raise InputError(f"{flag} {spec}: --score SPEC names the images to compare with")

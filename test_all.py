@@ -2503,7 +2503,7 @@ def test_keep_auto_stays_with_its_run(data):
         "--keep auto --space pixel": "--keep",
     }
     bad |= {"--keep auto --features no --keep-threshold 1": "^--features no: .*neither hog nor REPO:ENTRY"}
-    bad |= {"--keep auto --features hog": "--features hog: .*another scale.* --keep-threshold X"}
+    bad |= {"--keep auto --features hog": "--features hog: needs --keep-threshold X"}
     refuses(lambda flags: train(f"--data {data} --steps 3 {flags}"), bad)
 
 

@@ -39,8 +39,17 @@ from repa import make_projector, make_target, principal_colours, resize_tokens
 from spectral_losses import band_error, directional_energy, rmsc
 from train_vae import CHECKPOINT, NOISE, POSTERIOR, TIMES
 from train_vae import Features, Images, InputError, Parser, Pixels, Processes, Records, Run, add_training_flags
-from train_vae import at_least, autocast, count_flops, fraction, generator, image_noise, initialize, latent_statistics
-from train_vae import load_autoencoder, load_plain, mirrored, norm_text, open_encoder, progress, quoted
+from train_vae import at_least, autocast, count_flops, flag_name, fraction, generator, image_noise, initialize
+from train_vae import (
+    latent_statistics,
+    load_autoencoder,
+    load_plain,
+    mirrored,
+    norm_text,
+    open_encoder,
+    progress,
+    quoted,
+)
 from train_vae import read_checkpoint, run_program, save_grid, seems, short_name, spread, state_dicts, to_uint8
 from train_vae import update_ema, write_atomically
 from uvit import UVIT_SIZES, UViT
@@ -719,7 +728,7 @@ def published_network(file, name=None, vae=None, ema=True, codec=None):
         classes, width = len(weights.get("label_emb.weight", ())), len(weights["proj.weight"])
         shapes = (classes, config.pop("num_tokens"), width, config.pop("token_dim") // 6)
         return config | dct_settings(shapes, f"--ckpt {file}", **codec), weights
-    given = [f"--{name.replace('_', '-')}" for name, value in codec.items() if value]
+    given = [flag_name(name) for name, value in codec.items() if value]
     if given:
         raise InputError(f"{given[0]}: is for networks on DCT tokens, {file} is one of maps")
     channels, side = config.pop("channels"), config.pop("side")
@@ -745,7 +754,7 @@ def dct_settings(shapes, source, block=None, eta=None, snr_scale=None):
     size = math.isqrt(tokens) * 2 * (block or 0)
     values = {"block": block, "eta": eta or (min(etas.values()) if len(etas) == 1 else None)}
     values["snr_scale"] = snr_scale or (SNR_SCALE[size] if etas else None)
-    lacking = ", ".join(f"--{name.replace('_', '-')}" for name, value in values.items() if value is None)
+    lacking = ", ".join(flag_name(name) for name, value in values.items() if value is None)
     if lacking and etas:
         choices = " or ".join(f"{value} ({data})" for data, value in etas.items())
         raise InputError(f"{source}: {lacking} says of which it is, {choices}")
@@ -1125,8 +1134,7 @@ def parse(argv=None):
     if args.space != "latent" and (args.latents or args.vae):
         raise InputError(f"--space {args.space}: --latents and --vae are for --space latent")
     if args.latent_norm and (args.latents or not args.vae):
-        remedy = "into the header of --latents, train_vae.py --encode DATA --latent-norm writes it"
-        raise InputError(f"--latent-norm {args.latent_norm}: is for --vae without --latents; {remedy}")
+        raise InputError(f"--latent-norm {args.latent_norm}: is for --vae without --latents, whose header has its own")
     if args.latents and args.size != args.defaults["size"]:
         made = f"{args.latents} was made of images of {args.defaults['size']} pixels"
         raise InputError(f"--size {args.size}: {made}; leave it out")
@@ -1138,13 +1146,12 @@ def parse(argv=None):
     if args.keep != "auto" and chosen:
         raise InputError("--features, --keep-threshold: are for --keep auto; leave them out")
     if args.keep == "auto" and args.keep_threshold is None:
-        other = f"--features {args.features}: its distances have another scale than Inception's"
-        raise InputError(f"{other}; --keep-threshold X says how large they may be")
+        raise InputError(f"--features {args.features}: needs --keep-threshold X, its distances being on another scale")
     useful = alignment_defaults(args)
     for name in ("encoder", "repa_depth", "repa_weight", "repa_stop", "repa_sigmas", "repa_width", "cache_targets"):
         if getattr(args, name) is not None and name not in useful:
             chosen = f"--repa {args.repa}" if args.repa else "--rmsc alone" if args.rmsc else "no --repa"
-            raise InputError(f"--{name.replace('_', '-')}: means nothing with {chosen}; leave it out")
+            raise InputError(f"{flag_name(name)}: means nothing with {chosen}; leave it out")
     low, high = args.repa_sigmas or DOG_SIGMAS
     if not 0 <= low < high:
         raise InputError(f"--repa-sigmas {low:g} {high:g}: the first must be the smaller, and not negative; 0 2 does")

@@ -1902,7 +1902,7 @@ class Run:
             before = binding(args.defaults | (checkpoint.get("args") or {}))
             changed = [name for name in now if before.get(name) != now[name]]
             if changed:
-                text = "; ".join(f"--{n.replace('_', '-')} {before.get(n)} there, {now[n]} now" for n in changed)
+                text = "; ".join(f"{flag_name(n)} {before.get(n)} there, {now[n]} now" for n in changed)
                 raise InputError(f"{run} was made with other arguments: {text}. Give the same, or another --out")
             return checkpoint
         tokens = Path(getattr(args, "cache_targets", None) or "samples").name
@@ -2049,6 +2049,11 @@ class Run:
 # ---- command line -----------------------------------------------------------------------------------------
 
 
+def flag_name(name):
+    """keep_threshold -> --keep-threshold"""
+    return f"--{name.replace('_', '-')}"
+
+
 class Help(argparse.RawDescriptionHelpFormatter):
     """Every default in its flag's help."""
 
@@ -2078,7 +2083,7 @@ class Parser(argparse.ArgumentParser):
         args = self.parse_args(argv)
         for name, value in vars(args).items():
             if "" in (value if isinstance(value, list) else [value]):  # "$UNSET"
-                flag = "RUN_OR_CKPT" if name == "run" else f"--{name.replace('_', '-')}"
+                flag = "RUN_OR_CKPT" if name == "run" else flag_name(name)
                 raise InputError(f"{flag}: its value is empty; give it one, or leave it out")
         args.defaults = {action.dest: action.default for action in self._actions if action.dest != "help"}
         return args
