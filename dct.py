@@ -17,8 +17,13 @@ It also enlarges pictures (paper, section 4.5), the one command of this file, be
 import argparse
 import functools
 import io
+import logging
 import math
+import os
+import re
+import signal
 import sys
+import warnings
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
@@ -350,17 +355,16 @@ def signature(method, block, content):
     return f"dct.py upsample --method {method}{block}, CRC-32 {zlib.crc32(content):08x}"
 
 
-def upsample_picture(name, open_file, output, method, block, quiet=False):
-    """Write the picture in open_file(), a binary file, twice as large as `output` -> a line about it. Raises ValueError
-    where it cannot be read; ends the program where nothing can be written.
+def upsample_picture(name, read, output, method, block, quiet=False):
+    """Write the picture in read(), bytes, twice as large as `output` -> a line about it. Raises ValueError where it
+    cannot be read; ends the program where nothing can be written.
     """
     import numpy as np
     from PIL import Image, ImageOps, PngImagePlugin  # the command alone needs pictures
     from tqdm import tqdm
 
     try:
-        with open_file() as file:
-            content = file.read()
+        content = read()
         with Image.open(io.BytesIO(content)) as opened:
             white, image, profile = white_level(opened), ImageOps.exif_transpose(opened), opened.info.get("icc_profile")
             if white == 255 and image.mode not in ("L", "LA", "RGB", "RGBA"):
@@ -396,41 +400,21 @@ def upsample_picture(name, open_file, output, method, block, quiet=False):
     return f"{name} {size} -> {output} {large.width}x{large.height}{note}"
 
 
-def list_pictures(source):
-    """The pictures in a folder tree or a .zip -> {name: what opens it}, without hidden ones."""
-    from PIL import Image
-
-    if source.is_dir():
-        names = [file.relative_to(source).as_posix() for file in source.rglob("*")]
-        open_file = lambda name: open(source / name, "rb")
-    else:
-        archive = zipfile.ZipFile(source)
-        names, open_file = archive.namelist(), archive.open
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    pictures = {}
-    for name in sorted(names):
-        hidden = any(part.startswith((".", "/", "__MACOSX")) for part in PurePosixPath(name).parts)  # or out: .. or /
-        if PurePosixPath(name).suffix.lower() in endings and not hidden:
-            pictures[name] = functools.partial(open_file, name)
-    return pictures
-
-
-def upsample_folder(source, folder, method, block):
-    """The pictures in a folder tree or a .zip, twice as large, as PNG files of the same names. What the same command
-    has made is skipped, what cannot be read named and left out.
+def upsample_folder(source, pictures, folder, method, block):
+    """The pictures of `list_pictures`, twice as large, as PNG files of the same names. What the same command has made
+    is skipped, what cannot be read named and left out.
     """
-    from PIL import Image
+    from PIL import PngImagePlugin
     from tqdm import tqdm
 
     def made_alike(name):
-        try:
-            with Image.open(outputs[name]) as image, pictures[name]() as file:
-                return image.info.get("Software") == signature(method, block, file.read())
-        except OSError:
+        try:  # Image.open would refuse one so large
+            with PngImagePlugin.PngImageFile(outputs[name]) as image:
+                return image.info.get("Software") == signature(method, block, pictures[name]())
+        except Exception:  # bad bytes raise all kinds
             return False
 
-    pictures, unreadable = list_pictures(source), 0
-    outputs = {name: folder / PurePosixPath(name).with_suffix(".png") for name in pictures}
+    outputs, unreadable = {name: folder / PurePosixPath(name).with_suffix(".png") for name in pictures}, 0
     if not pictures:
         sys.exit(f"dct.py: {source}: no image in it; name a picture, or a folder or .zip of pictures")
     if folder.is_file() or folder.resolve().is_relative_to(source.resolve()):
@@ -449,23 +433,136 @@ def upsample_folder(source, folder, method, block):
                 upsample_picture(name, pictures[name], outputs[name], method, block, quiet=True)
             except ValueError as error:
                 unreadable += 1
-                bar.write(f"skipped: {error}", file=sys.stderr)
+                bar.write(one_line(f"skipped: {error}"), file=sys.stderr)
             bar.update()
     print(f"{len(outputs) - unreadable} images in {folder}" + f", {unreadable} skipped" * bool(unreadable))
     if unreadable == len(outputs):
         sys.exit(f"dct.py: {source}: none of its images could be read")
 
 
+# ---- files of pictures ------------------------------------------------------------------------------------
+
+LARGEST_FILE = 2**29  # bytes; a picture takes less, what some archives announce is more
+
+
+def hush_pillow():
+    """No warnings of Pillow about bad bytes: what cannot be read is named, in a line."""
+    warnings.filterwarnings("ignore", module="PIL")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
+
+def one_line(text):
+    """A message without the line breaks that names may hold, and the address by which Pillow calls bytes in memory."""
+    return re.sub(r" <_io\.\w+ object at \w+>", "", " ".join(str(text).splitlines()))
+
+
+def is_zip(path):
+    """Whether a file is a .zip. Raises ValueError where it is the beginning of one."""
+    if not os.path.isfile(path):  # opening a FIFO would wait for ever
+        return False
+    with open(path, "rb") as file:
+        head = file.read(4)
+    if (whole := zipfile.is_zipfile(path)) or head != b"PK\x03\x04":
+        return whole
+    raise ValueError("is a cut-off .zip, without the directory at its end; fetch or copy it again")
+
+
+def read_file(path):
+    """The bytes of a picture's file. Raises ValueError where it is none or too large, OSError where it is not read."""
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise ValueError("a link to nowhere" if os.path.islink(path) else "no regular file")
+    check_bytes(os.path.getsize(path))
+    return Path(path).read_bytes()
+
+
+def check_bytes(size):
+    """Raise ValueError where a file is larger than any picture's."""
+    if size > LARGEST_FILE:
+        raise ValueError(f"{size:,} bytes, more than {LARGEST_FILE:,}, which no picture takes")
+
+
+class Files:
+    """The files in a folder tree, links followed (linked twice, twice), or in a .zip. Attributes: kind ("folder" or
+    "zip"), names (sorted). Raises ValueError where it is neither, or damaged, or leads back to itself.
+    """
+
+    def __init__(self, path):
+        self.path, self._zips = Path(path), {}
+        try:
+            self.kind = "folder" if os.path.isdir(path) else "zip" if is_zip(path) else None
+            self.names = sorted(self._walk() if self.kind == "folder" else self._members() if self.kind else ())
+        except OSError as error:
+            raise ValueError(f"{error.filename or path} cannot be read ({error.strerror})") from error
+        if not self.kind:
+            raise ValueError("is neither a folder nor a .zip" if os.path.exists(path) else "does not exist")
+
+    def _walk(self):
+        def stop(error):  # os.walk would leave the folder out
+            raise error
+
+        for root, folders, files in os.walk(self.path, onerror=stop, followlinks=True):
+            folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX")) and name != "lost+found"]
+            yield from (Path(root, file).relative_to(self.path).as_posix() for file in files)
+            for link in filter(Path.is_symlink, (Path(root, folder) for folder in folders)):
+                around = [folder.resolve() for folder in link.parents if folder.is_relative_to(self.path)]
+                if any(folder.is_relative_to(link.resolve()) for folder in around):
+                    raise ValueError(f"{link} is a link to a folder that it lies in; remove it")
+
+    def _members(self):  # of several with one name the last counts, as when they are extracted
+        try:
+            return {name for name in self._zip().namelist() if not name.endswith("/")}
+        except Exception as error:  # zipfile raises all kinds on a damaged directory
+            raise ValueError(f"is a damaged .zip ({error}); fetch it again, or make it anew") from error
+
+    def _zip(self):  # one handle a process: they share no file position
+        if os.getpid() not in self._zips:
+            self._zips[os.getpid()] = zipfile.ZipFile(self.path)
+        return self._zips[os.getpid()]
+
+    def __getstate__(self):
+        return self.__dict__ | {"_zips": {}}
+
+    def read(self, name):
+        """The bytes of one. Raises ValueError, OSError, and on bad bytes whatever zipfile does."""
+        if self.kind == "folder":
+            return read_file(self.path / name)
+        check_bytes(self._zip().getinfo(name).file_size)
+        return self._zip().read(name)
+
+
+def list_pictures(source):
+    """The pictures in a folder tree or .zip, without hidden ones -> {name: what reads its bytes}. Raises ValueError."""
+    from PIL import Image
+
+    files = Files(source)
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    pictures = {}
+    for name in files.names:
+        hidden = any(part.startswith((".", "/", "__MACOSX")) for part in PurePosixPath(name).parts)  # or out: .. or /
+        if PurePosixPath(name).suffix.lower() in endings and not hidden:
+            pictures[name] = functools.partial(files.read, name)
+    return pictures
+
+
+# ---- command line -----------------------------------------------------------------------------------------
+
+
 def main(args):
+    hush_pillow()
     source = Path(args.input)
     if args.block is not None and args.method != "dct":
         sys.exit(f"dct.py: --block {args.block}: means nothing with --method {args.method}; leave it out")
-    if source.is_dir() or zipfile.is_zipfile(source):
-        return upsample_folder(source, Path(args.output), args.method, args.block)
     try:
-        print(upsample_picture(source, functools.partial(open, source, "rb"), args.output, args.method, args.block))
+        pictures = list_pictures(source) if os.path.isdir(source) or is_zip(source) else None
     except ValueError as error:
-        sys.exit(f"dct.py: {error}")
+        sys.exit(one_line(f"dct.py: {source}: {error}"))
+    try:
+        if pictures is not None:
+            return upsample_folder(source, pictures, Path(args.output), args.method, args.block)
+        read = functools.partial(read_file, source)
+        print(upsample_picture(source, read, args.output, args.method, args.block))
+    except (ValueError, OSError) as error:
+        sys.exit(one_line(f"dct.py: {error}"))
 
 
 def make_parser():
@@ -479,8 +576,12 @@ def make_parser():
     command.add_argument("output", metavar="OUT", help=f"{files}; the same command goes on")
     command.add_argument("--method", choices=METHODS, default="dct", help="dct (default), or Pillow's to compare with")
     command.add_argument("--block", type=int, metavar="B", help="block size (default: the frame as one block)")
+    parser.error = command.error = lambda message: parser.exit(
+        2, one_line(f"dct.py: {message}; --help says more") + "\n"
+    )
     return parser
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ctrl-C ends it without a traceback; the same command goes on
     main(make_parser().parse_args())

@@ -14,11 +14,13 @@ when typed again. DDIM is in train_diffusion.py, the other samplers are here.
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import json
 import math
 import os
+import re
 import time
 from functools import partial
 from pathlib import Path
@@ -134,7 +136,12 @@ def trajectory(diffusion, protocol, stem, columns=10, rows=8):
     come first (DCTdiff, section 3). Beside it, the t where the forward process drowns the band (`drowning_times`).
     """
     predictions = []  # (t, x0) of every evaluation
-    final = generate_by(protocol, diffusion, range(rows), lambda t, x0: predictions.append((t, x0)))
+
+    def note(t, x0):
+        train_vae.stop_if_asked(" during the trajectory")
+        predictions.append((t, x0))
+
+    final = generate_by(protocol, diffusion, range(rows), note)
     chosen = np.linspace(0, len(predictions) - 1, min(columns, len(predictions))).round().astype(int)
     times, frames = zip(*(predictions[k] for k in chosen))
     strip = torch.stack([*map(diffusion.decode, frames), final], 1).flatten(0, 1)
@@ -150,7 +157,7 @@ def trajectory(diffusion, protocol, stem, columns=10, rows=8):
             print(f"{band:4d}  {drowned[band]:8.2f} " + "".join(f"{share:6.2f}" for share in row))
     finite = lambda values: [value if math.isfinite(value) else None for value in values]
     table = {"t": times, "share": [finite(row) for row in shares], "snr_below_1_at": finite(drowned)}
-    Path(f"{stem}-trajectory.json").write_text(json.dumps(table | protocol))
+    train_vae.write_json(f"{stem}-trajectory.json", table | protocol)
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
@@ -205,14 +212,23 @@ def generate_by(protocol, diffusion, indices, trace=None):
     return generate(diffusion, indices, protocol["seed"], diffusion.device, y, sampler, *settings, trace)
 
 
+def is_whole(file):
+    """Whether a PNG is there with both of its ends; after a power cut it may be empty, half of it, or zeros."""
+    with contextlib.suppress(OSError), open(file, "rb") as handle:
+        head = handle.read(8)
+        handle.seek(-12, os.SEEK_END)
+        return head == b"\x89PNG\r\n\x1a\n" and handle.read() == b"\0\0\0\0IEND\xaeB`\x82"
+    return False
+
+
 def sample_files(diffusion, protocol, folder, n, batch=64, rank=0, world=1):
     """Write images 0..n-1 as folder/000000.png ..., this process's share of those not there yet -> the n files. Process
     0 returns when all are there. The folder is one of `open_folder`.
     """
     files = [folder / f"{i:06d}.png" for i in range(n)]
-    missing = [i for i in range(n) if not files[i].exists()]
+    missing = [i for i in range(n) if not is_whole(files[i])]
     todo = [i for i in missing if i % world == rank]
-    hide = rank > 0 or not missing
+    hide, watched = rank > 0 or not missing, {}
 
     def tick(start, images, t, x0):  # t falls from 1 to 0
         bar.update(max(0, min(n, start + int((1 - t) * images * world)) - bar.n))
@@ -225,29 +241,86 @@ def sample_files(diffusion, protocol, folder, n, batch=64, rank=0, world=1):
             for i, pixels in zip(indices, images.permute(0, 2, 3, 1).cpu().numpy()):
                 train_vae.write_atomically(files[i], partial(Image.fromarray(pixels).save, format="PNG"), sync=False)
             bar.update(min(start + len(indices) * world, n) - bar.n)
-        while rank == 0 and not all(file.exists() for file in files):  # the other processes' share; no collective
+            watch(dict.fromkeys(range(1, world) if rank == 0 else (), n), folder, watched)
+        while rank == 0 and (missing := [i for i in missing if not is_whole(files[i])]):  # others' share; no collective
+            done = f"after {n - len(missing)} of {n} images"
+            train_vae.stop_if_asked(f" {done}")
+            if ended := watch(collections.Counter(i % world for i in missing), folder, watched):
+                raise InputError(f"--out {folder}: process {ended[0]} has ended, {done}; the same command goes on")
             time.sleep(0.2)
     return files
 
 
+LOST, UNSEEN = 30, 600  # seconds without a sign of a process, seen alive before or never, when it must have ended
+
+
+def work_in(folder, rank):
+    """Show process 0, by a lock on a file in a folder, that this one lives."""
+    handle = train_vae.HELD.enter_context(open(folder / f".lock{rank}", "a"))
+    while train_vae.lock(handle) is False:  # process 0 tries it for a moment
+        train_vae.stop_if_asked("")
+        time.sleep(0.01)
+
+
+def watch(missing, folder, watched):
+    """Look for signs of life, a lock held or an image made, of other processes at work in a folder. missing: {process:
+    images it has to make}; watched: {process: (their number before, when it last gave a sign, whether its lock was ever
+    held)}, kept up here -> the processes that must have ended.
+    """
+    now, ended = time.monotonic(), []
+    for other, count in missing.items():
+        before, since, seen = watched.get(other, (count, now, False))
+        with open(folder / f".lock{other}", "a") as handle:
+            locked = train_vae.lock(handle) is False
+        since, seen = now if locked or count < before else since, seen or locked
+        watched[other] = count, since, seen
+        ended += [other] * (now - since > (LOST if seen else UNSEEN))
+    return ended
+
+
+def read_protocol(file):
+    """The dict in a protocol.json, or None where there is none, or a torn one."""
+    try:
+        protocol = json.loads(file.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return {"deal": "equal"} | protocol if isinstance(protocol, dict) else None  # earlier versions had no other deal
+
+
+def held_by_this_launch(folder):
+    """Whether process 0 of this launch holds a folder, rather than another command."""
+    with contextlib.suppress(FileNotFoundError):
+        return (folder / ".lock").read_text(errors="replace").endswith(train_vae.launch())
+
+
 def open_folder(folder, protocol, rank):
-    """Make a folder for images of a protocol, or see that those in it were made by the same. Raises InputError."""
+    """Make a folder for images of a protocol, or see that those in it were made by the same. Raises InputError. Where
+    its protocol.json is torn, nothing says how its images were made: they go.
+    """
     record = folder / "protocol.json"
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder}: is a file; name a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    if record.exists():
-        old = {"deal": "equal"} | json.loads(record.read_text())  # earlier versions had no other
-        changed = [f"{key} {old[key]} there, {new} now" for key, new in protocol.items() if old.get(key, new) != new]
-        if changed:
-            raise InputError(f"--out {folder} holds images made otherwise ({'; '.join(changed)}); name another folder")
-    elif rank > 0:
-        while not record.exists():  # rank 0 looks at the folder first
-            time.sleep(0.05)
-    elif any(folder.iterdir()):
-        raise InputError(f"--out {folder} holds other files and no protocol.json of sampling; name another folder")
-    else:
-        train_vae.write_atomically(record, lambda file: file.write(json.dumps(protocol, indent=1).encode()))
+    if rank == 0:
+        there = set(folder.iterdir()) if folder.exists() else set()
+        files = {file for file in there - {record} if not file.name.startswith(".lock") and file.suffix != ".tmp"}
+        images = {file for file in files if record.exists() and re.fullmatch(r"\d{6,}\.png", file.name)}
+        if files - images and read_protocol(record) is None:
+            raise InputError(f"--out {folder} holds other files and no protocol.json of sampling; name another folder")
+        train_vae.HELD.enter_context(train_vae.hold(folder, "--out"))
+    while rank > 0 and not (held_by_this_launch(folder) and read_protocol(record)):  # rank 0 looks at the folder first
+        train_vae.stop_if_asked("")
+        time.sleep(0.05)
+    old = read_protocol(record)
+    if old is None:
+        if record.exists():
+            print(f"{record}: torn; it is made again, and so are the {len(images)} images it was of")
+        for file in images:
+            file.unlink()
+        old = protocol
+        train_vae.write_json(record, protocol)
+    changed = [f"{key} {old[key]} there, {new} now" for key, new in protocol.items() if old.get(key, new) != new]
+    if changed:
+        raise InputError(f"--out {folder} holds images made otherwise ({'; '.join(changed)}); name another folder")
 
 
 def collect(files, grid, npz=None, cells=None):
@@ -277,6 +350,9 @@ def artefacts(images, diffusion):
 FLOOR_LEAST = 512  # images that a reference needs for a floor
 FEATURES_KEPT = 2**31  # bytes; of a larger set there are mean and covariance only
 ARRAYS = {"features": np.float32, "mu": np.float64, "sigma": np.float64}  # in a file of reference statistics
+# Form of what `Reference` says there.
+PROTOCOL = {f"{name}?": train_vae.maybe(train_vae.whole(1)) for name in ("images", "floor_images")}
+PROTOCOL |= {"floor?": train_vae.real()}
 OF_SETS = "score_folder score size save_reference features features_weights cache batch device amp".split()  # flags
 
 
@@ -328,7 +404,11 @@ def read_reference(flag, file, made_by, width):
     """
     try:
         with np.load(file, allow_pickle=False) as content:
+            sizes = {record.filename.removesuffix(".npy"): record.file_size for record in content.zip.infolist()}
+            if max(sizes.get(name, 0) for name in (*ARRAYS, "protocol")) > FEATURES_KEPT + 2**10:
+                raise ValueError("arrays beyond 2 GiB")  # or little that was compressed from so much
             protocol = dict(json.loads(str(content["protocol"]))) if "protocol" in content else {}
+            train_vae.check_form(protocol, PROTOCOL)
             names = ARRAYS if protocol else ("mu", "sigma")
             # in this machine's order of bytes; complex numbers raise
             arrays = {key: content[key].astype(ARRAYS[key], casting="same_kind") for key in names if key in content}
@@ -394,10 +474,7 @@ class Reference:
         """-> what `extract` returns of the images, with the floor where they are enough, and what made it."""
         reference = self.kept or self.make()
         if self.copy:
-            try:
-                write_reference(self.copy, reference)
-            except OSError as error:
-                raise InputError(f"--save-reference {self.copy}: cannot be written ({error.strerror})") from error
+            write_reference(self.copy, reference)
             print(f"statistics of {reference['images']} images in {self.copy}")
         return reference
 
@@ -411,8 +488,8 @@ class Reference:
         try:
             self.cache.mkdir(parents=True, exist_ok=True)
             write_reference(self.file, reference)
-        except OSError as error:
-            print(f"note: --cache {self.cache}: the reference's features are not kept ({error.strerror})")
+        except (InputError, OSError) as error:
+            print(f"note: --cache {self.cache}: the reference's features are not kept ({error})")
         return reference
 
 
@@ -476,7 +553,7 @@ def score_sets(args, device):
 
 def ends_in(suffix, text):
     """With its suffix filled in, an argparse type: the name of a file to write."""
-    if Path(text).is_dir() or Path(text).suffix != suffix:
+    if os.path.isdir(text) or Path(text).suffix != suffix:
         raise argparse.ArgumentTypeError(f"{text!r} must be a file that ends in {suffix}")
     return text
 
@@ -487,7 +564,7 @@ def parse_classes(chosen, classes):
         raise InputError(f"--classes {' '.join(chosen)}: this model was trained without classes")
     indices = []
     for name in chosen or classes or ():
-        index = classes.index(name) if name in classes else int(name) if name.isdigit() else -1
+        index = classes.index(name) if name in classes else int(name) if name.isdecimal() and len(name) < 10 else -1
         if not 0 <= index < len(classes):
             names = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
             raise InputError(f"--classes {name}: not one of the {len(classes)} classes 0..{len(classes) - 1} ({names})")
@@ -569,15 +646,18 @@ def main(args):
     reference = Reference(args, config["size"], device) if args.score and rank == 0 else None
 
     # ---- sample
-    for job in jobs:
-        open_folder(job.folder, job.protocol, rank)
-    # whatever is wrong with it shows before an hour of sampling; the other processes begin with that
-    statistics = reference and reference.load()
-    for job in jobs:
-        files = sample_files(diffusion, job.protocol, job.folder, args.n, args.batch, rank, world)
-        if rank == 0:
-            print(f"{args.n} images in {job.folder}")
-            artefacts(collect(files, job.grid, job.npz, None if args.grid else 64), diffusion)
+    with train_vae.HELD:
+        for job in jobs:
+            open_folder(job.folder, job.protocol, rank)
+            if rank > 0:
+                work_in(job.folder, rank)
+        # whatever is wrong with it shows before an hour of sampling; the other processes begin with that
+        statistics = reference and reference.load()
+        for job in jobs:
+            files = sample_files(diffusion, job.protocol, job.folder, args.n, args.batch, rank, world)
+            if rank == 0:
+                print(f"{args.n} images in {job.folder}")
+                artefacts(collect(files, job.grid, job.npz, None if args.grid else 64), diffusion)
     if not reference:
         return
 
@@ -608,22 +688,23 @@ def parse(argv=None):
     text = "the autoencoder: SD-VAE weights, in any layout, for --ckpt; for a run, where its own is elsewhere"
     add("--vae", metavar="RUN_OR_FILE", help=f"{text} (default: RUN/autoencoder.pt)")
     # -n as well: on Python 3.11, torchrun takes --n for an abbreviation of its own flags
-    add("-n", "--n", type=at_least(1), default=64, help="images")
+    add("-n", "--n", type=at_least(1, most=10**7), default=64, help="images")
     add("--out", metavar="DIR", help="folder of the PNG files (default: in RUN/samples/, named after the settings)")
     npz, png = partial(ends_in, ".npz"), partial(ends_in, ".png")
     add("--npz", metavar="FILE", type=npz, help="one uint8 array (n, S, S, 3) as well, the ADM evaluation format")
     add("--grid", metavar="FILE", type=png, help="the grid, of all n images (default: beside --out, the first 64)")
-    add("--batch", type=at_least(1), default=64, help="images at a time, in each process")
+    add("--batch", type=at_least(1, most=2**20), default=64, help="images at a time, in each process")
+    seed = at_least(0, most=2**63 - 1)
     add_one = parser.add_mutually_exclusive_group().add_argument
-    add_one("--seed", type=at_least(0), help="image i depends on (seed, i) alone (default: 0)")
+    add_one("--seed", type=seed, help="image i depends on (seed, i) alone (default: 0)")
     several = "instead of --seed: sample, and score, each; their files end in -seedN"
-    add_one("--seeds", type=at_least(0), nargs="+", metavar="N", help=several)
+    add_one("--seeds", type=seed, nargs="+", metavar="N", help=several)
     text = "; ".join(f"{path}: {', '.join(SAMPLERS[path])}" for path in ("vp", "flow"))
     add("--sampler", help=f"{text}, some leave noise, as published: README (default: the first)")
-    add("--steps", type=at_least(1), default=50, help="sampler steps")
-    add("--guidance", type=float, default=1.0, help="classifier-free guidance scale, 1 for none")
+    add("--steps", type=at_least(1, most=10**6), default=50, help="sampler steps")
+    add("--guidance", type=at_least(-1000, float, 1000), default=1.0, help="classifier-free guidance scale, 1 for none")
     text = "t between which guidance acts (default: 0 1)"
-    add("--guidance-interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("A", "B"), help=text)
+    add("--guidance-interval", type=at_least(0, float, 1), nargs=2, default=[0.0, 1.0], metavar=("A", "B"), help=text)
     add("--classes", nargs="+", help="names or numbers, dealt in turn (default: all)")
     add("--no-ema", action="store_true", help="sample the raw weights instead of their average")
     deal = "of classes: each in turn, or drawn for each image, as published scores often have it"
@@ -632,7 +713,7 @@ def parse(argv=None):
     add("--score", metavar="SPEC", help=score)
     add("--score-folder", metavar="SPEC", help="without a model: score these images, given likewise, against --score")
     size = "with --score-folder: both are cropped and resized to this (default: the smaller side of its images)"
-    add("--size", type=at_least(1), metavar="PIXELS", help=size)
+    add("--size", type=at_least(1, most=train_vae.SIDE), metavar="PIXELS", help=size)
     save = "write the statistics of --score, for --score FILE.npz; without a model, only that"
     add("--save-reference", metavar="FILE", type=npz, help=save)
     add("--cache", metavar="DIR", default="cache", help="folder where features of --score are kept")
@@ -640,7 +721,11 @@ def parse(argv=None):
     add("--features-weights", metavar="FILE", help="local Inception weights (default: downloaded by torch-fidelity)")
     add("--trajectory", action="store_true", help="only show one sampling run, band by band")
     train_vae.add_device_flags(add)
-    return parser.complete(argv)
+    args = parser.complete(argv)
+    low, high = args.guidance_interval
+    if low >= high:
+        raise InputError(f"--guidance-interval {low:g} {high:g}: the first must be the smaller; 0 1 does")
+    return args
 
 
 if __name__ == "__main__":

@@ -7,16 +7,21 @@ Nothing is downloaded. Tests that use the development data beside the repository
 
 import argparse
 import ast
+import contextlib
 import copy
 import functools
 import io
 import itertools
 import json
+import math
+import multiprocessing.forkserver
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -24,7 +29,10 @@ import tempfile
 import threading
 import time
 import urllib.error
+import warnings
 import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1069,7 +1077,10 @@ def test_what_a_file_seems_to_be_is_said_in_a_line():
     whole = Path("whole.pt").read_bytes()
     contents = {b"": "is empty", b"\n<!DOCTYPE html><html>": "a web page", b"<?xml": "a web page", b"hi": "text, no"}
     contents |= {b"version https://git-lfs.github.com/spec/v1\noid": "git lfs pull", b'{"a": 1, "b": {}}': "JSON"}
-    contents |= {whole[: len(whole) // 2]: "half a download", as_safetensors(state)[:-9]: "not all of the file"}
+    contents |= {
+        whole[: len(whole) // 2]: "half a file of torch.save",
+        as_safetensors(state)[:-9]: "not all of the file",
+    }
     contents |= {b"\x80\x02}q\x00(": "cannot be read", bytes(99): "refused"}
     for content, message in contents.items():
         Path("file.bin").write_bytes(content)
@@ -1635,23 +1646,19 @@ def test_complete_records_are_read_where_nothing_may_be_written(tmp_path, monkey
     assert torch.equal(again.read(again.indices), first.read(first.indices))
 
 
-def test_commands_may_begin_the_same_records_at_one_moment(tmp_path):
-    write_photos(tmp_path / "photos", 40, 16)
-    code = "from train_vae import *; p = Pixels(Images('photos', 16), 'cache', Processes('cpu'), 0)"
-    code += "; print(p.read(p.indices).sum())"
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(HERE)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(3)
-    ]
-    totals = {run.communicate()[0].splitlines()[-1] for run in runs}
-    assert len(totals) == 1 and not any(run.returncode for run in runs)
-    assert len(list((tmp_path / "cache").iterdir())) == 1  # nothing is left beside it
+def decode_photos(number):
+    pixels = Pixels(Images("photos", 16), "cache", Processes("cpu"), 0)
+    np.save(f"total{number}", pixels.read(pixels.indices).sum())
+
+
+def test_commands_may_begin_the_same_records_at_one_moment():
+    write_photos("photos", 40, 16)
+    runs = [forks().Process(target=decode_photos, args=(number,)) for number in range(3)]
+    for run in runs:
+        run.start()
+    assert [run.join(60) or run.exitcode for run in runs] == [0, 0, 0]
+    assert len({np.load(f"total{number}.npy").item() for number in range(3)}) == 1
+    assert len(os.listdir("cache")) == 1  # nothing is left beside it
 
 
 def test_guidance_and_its_interval():
@@ -1850,6 +1857,14 @@ def test_images_on_the_fly_are_those_of_the_files(monkeypatch, free):
         list(open_pixels("data").stream([np.arange(120)]))
 
 
+def test_upsampling_goes_on_beside_pictures_too_large_for_pillow_to_open(monkeypatch, capsys):
+    write_photos("data", 1)
+    for _ in range(2):  # the second time it looks at what is there
+        dct.main(dct.make_parser().parse_args(["upsample", "data", "large"]))
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # an error from twice as many on
+    assert capsys.readouterr().out.count("1 images in large") == 2
+
+
 # ---- the programs, tiny -----------------------------------------------------------------------------------
 
 CACHES = tempfile.TemporaryDirectory()
@@ -1875,6 +1890,76 @@ def command(line, processes=0, check=True, gpu=False):
     result = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert not check or result.returncode == 0, result.stderr[-3000:]
     return result
+
+
+OUTPUTS = itertools.count()
+
+
+@functools.cache
+def forks():
+    """What starts processes as forks of one that has imported all this."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_all", "torch._dynamo"])  # which the first optimizer imports
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(HERE))
+        patch.setenv("OMP_NUM_THREADS", "1")  # a pool of threads does not outlive a fork
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def forked(line, environment, output):
+    """A program, in a process of its own that need not import torch: a fork of one that has."""
+    os.environ.update(environment)
+    for stream, end in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{output}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    torch.set_num_threads(1)
+    train_diffusion.GRID_STEPS = 2
+    program, *flags = shlex.split(line)
+    module = {"train_diffusion.py": train_diffusion, "train_vae.py": train_vae, "sample.py": sample}[program]
+    train_vae.run_program(module.main, lambda: module.parse(flags))
+
+
+def launch(line, world=1):
+    """Start a command -> its processes, as torchrun would start them."""
+    environment = {"CUDA_VISIBLE_DEVICES": ""}
+    if world > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        environment |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    processes = []
+    for rank in range(world):
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}
+        output = str(Path(f"output{next(OUTPUTS)}").absolute())
+        processes.append(forks().Process(target=forked, args=(line, environment | ranks, output), name=output))
+        processes[-1].start()
+    return processes
+
+
+def finish(processes, seconds=300):
+    """Processes that end in time -> of each its exit code, stdout and stderr."""
+    for process in processes:
+        process.join(seconds)
+        if process.is_alive():
+            process.kill()
+            raise AssertionError(f"hangs: {process}")
+    read = lambda process, end: (
+        Path(f"{process.name}.{end}").read_text() if Path(f"{process.name}.{end}").exists() else ""
+    )
+    return [(process.exitcode, read(process, "out"), read(process, "err")) for process in processes]
+
+
+def completed(line, world=1):
+    """A command to its end, which is good -> stdout of its processes."""
+    ends = finish(launch(line, world))
+    assert not any(code for code, *_ in ends), ends
+    return "".join(out for _, out, _ in ends)
+
+
+def one_error(end, *words):
+    """What `finish` says of a process is exit code 2 and one line of stderr, which says these."""
+    code, _, err = end
+    assert code == 2 and re.fullmatch("error: .*\n", err) and all(word in err for word in words), end
 
 
 def metrics(run, key="loss"):
@@ -1942,7 +2027,7 @@ def test_training_lowers_the_loss_prints_lines_and_leaves_its_files(capsys):
 
 @pytest.mark.parametrize("flags", ["", "--space pixel --model uvit-nano/4 --path vp --predict eps --no-classes"])
 def test_n_and_n_steps_equal_2n_bit_for_bit_and_runs_share_decoded_images(data, flags):
-    decoded = lambda: {file: file.stat().st_mtime_ns for file in Path("cache").glob("*/*")}
+    decoded = lambda: {file: file.stat().st_mtime_ns for file in Path("cache").glob("*/[!.]*")}
     train(f"--data {data} --out whole --steps 8 --cache cache {flags}")
     before = decoded()
     for steps in (4, 8):
@@ -2017,21 +2102,20 @@ def test_resuming_asks_what_the_data_is_not_how_it_is_spelled(tmp_path):
     refuses(again, {"moved": "has changed since.* 12.* 11"})
 
 
-def killed_after(enough, program, flags):
+def killed_after(enough, line):
     """A process that is killed, before its end, once this is true."""
-    words = [sys.executable, HERE / program, *flags.split()]
-    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and not enough():
-            time.sleep(0.01)
-        process.kill()
-    assert process.returncode == -signal.SIGKILL
+    (process,) = launch(line)
+    while process.is_alive() and not enough():
+        time.sleep(0.005)
+    process.kill()
+    assert finish([process])[0][0] == -signal.SIGKILL
 
 
 def killed_training(lines, program, flags):
     """The run `killed` once its log has so many lines -> the step of its checkpoint."""
     log = Path("killed/metrics.jsonl")
     enough = lambda: log.exists() and log.read_text().count("\n") >= lines
-    killed_after(enough, program, f"{flags} --steps 100000 --out killed")
+    killed_after(enough, f"{program} {flags} --steps 100000 --out killed")
     return checkpoint("killed")["step"]
 
 
@@ -2056,7 +2140,7 @@ def test_two_processes_equal_one_and_parts_a_whole(data, trained):
     train(f"{flags} --out parts --grad-accum 4")
     sampled, scoring = "two -n 5 --steps 3 --out", f"--score {data} --features hog --seeds 0 2"
     result = command(f"train_diffusion.py {TINY} {flags} --out two --cache theirs", processes=2)
-    command(f"sample.py --device cpu {sampled} b {scoring}", processes=2)
+    completed(f"sample.py --device cpu {sampled} b {scoring}", 2)
     assert result.stdout.count("done at step 5") == result.stdout.count("step 5/5  loss") == 1
     assert np.array_equal(*[np.load(next(Path(cache).glob("*/values.npy"))) for cache in ("cache", "theirs")])
     one = checkpoint("one")
@@ -2175,7 +2259,7 @@ def test_references_are_computed_once_and_kept(trained, data, hub, capsys, monke
     sampling(f"{flags} a.npz")
     assert last_score() == first | {"reference": "a.npz"}
     Path("shut").touch()  # no folder can be made there: said, and nothing is lost
-    sampling(f"{flags} {data} --cache shut/cache")
+    sampling(f"{flags} {data} --cache shut")
     assert "are not kept" in capsys.readouterr().out and last_score() == first | {"reference": str(data)}
 
 
@@ -2428,7 +2512,9 @@ def test_bad_input_of_sampling_is_refused_before_it_begins(trained, autoencoders
     contents = {"text.pt": b"hello", "none.pt": b"", "half.pt": (trained / "checkpoint.pt").read_bytes()[:5000]}
     for name, content in (contents | {"begun/checkpoint.pt.tmp": b""}).items():
         Path(name).write_bytes(content)
-    other, plain = (state | {"config": state["config"] | new} for new in ({"model": "uvit-nano"}, {"classes": None}))
+    other = state | {"config": state["config"] | {"model": "uvit-nano"}, "args": None}
+    plain = state | {"config": state["config"] | {"classes": None}}
+    plain |= {p: {k: v for k, v in state[p].items() if "y_embedder" not in k} for p in ("model", "ema")}
     saved = {"code.pt": {"model": trained}, "lacks.pt": {"model": {}}, "other.pt": other, "plain.pt": plain}
     for name, content in (saved | {"unknown.pt": {"some.weight": torch.zeros(2)}}).items():
         torch.save(content, name)  # a Path object is code to a pickle
@@ -2459,7 +2545,10 @@ def test_bad_input_of_sampling_is_refused_before_it_begins(trained, autoencoders
     bad |= {f"--ckpt {folder}/cifar-uvit.pth --model uvit-nano {sd_vae}": "is a model of pixels"}
     bad |= {f"--ckpt unknown.pt --model dit-nano {sd_vae}": "no DiT's, SiT's or U-ViT's"}
     bad |= {f"--ckpt {trained}/checkpoint.pt": "of train_diffusion.py; one of train_diffusion.py is given without"}
-    bad |= {f"--ckpt {autoencoders}/kl/checkpoint.pt": "a checkpoint of train_vae.py", f"--ckpt {trained}": "a folder"}
+    bad |= {
+        f"--ckpt {autoencoders}/kl/checkpoint.pt": "a checkpoint of train_vae.py",
+        f"--ckpt {trained}": "a directory.; name the file in it",
+    }
     bad |= {f"{folder}/DiT.pt": "published weights .* take sample.py --ckpt"}
     refuses(lambda flags: sampling(f"{flags} --n 1 --steps 1 --out x"), bad)
     assert not Path("x").exists()
@@ -2785,7 +2874,7 @@ def test_autoencoder_n_and_n_steps_equal_2n_with_everything_on(data):
     flags = f"--data {data} --size 24 --lr 1e-5 --warmup 3 --regularizer esm+dsm+kl --ema 0.9 --gan-weight 1"
     for run, steps in (("one", 4), ("halves", 2), ("halves", 4)):
         autoencode(f"{flags} --gan-start 1 --out {run} --steps {steps}")
-    command(f"train_vae.py {TINY_VAE} {flags} --gan-start 1 --out two --steps 4", processes=2)
+    completed(f"train_vae.py {TINY_VAE} {flags} --gan-start 1 --out two --steps 4", 2)
     (one, halves, two), lines = map(checkpoint, ("one", "halves", "two")), metrics("one", "grad_norm")
     keys = ("model", "ema", "discriminator", "optimizer", "critic_optimizer", "latent")
     assert all(distance(one[key], halves[key]) == 0 for key in keys)
@@ -2844,7 +2933,7 @@ def test_best_autoencoder_and_the_recipe_that_evaluates_it(data):
     assert abs((net.decode(net.encode(x)[0]).clamp(-1, 1) - x).abs().mean() - min(losses.values())) < 1e-5
     state = checkpoint("run")
     for preset, weight, features in (("tiny", 0, "none"), ("f8d4", 0.5, "inception")):
-        torch.save(state | {"config": state["config"] | {"preset": preset}}, "ckpt.pt")
+        torch.save(state | {name: state[name] | {"preset": preset} for name in ("config", "args")}, "ckpt.pt")
         args = train_vae.parse("--eval-only --ckpt ckpt.pt".split())
         assert (args.lpips_weight, args.features, args.size, args.data) == (weight, features, None, None)
 
@@ -2967,7 +3056,7 @@ def test_encoding_goes_on_after_a_kill_and_skips_unreadable_images(autoencoders,
     Path("many/050.png").write_bytes(b"no picture")
     flags = f"--device cpu --workers 0 --encode {many} --ckpt {autoencoders}/kl --batch 1 --out"
     done = lambda: np.load("out/done.npy") if Path("out/header.json").exists() else np.zeros(120)
-    killed_after(lambda: np.count_nonzero(done()) >= 60, "train_vae.py", f"{flags} out")
+    killed_after(lambda: np.count_nonzero(done()) >= 60, f"train_vae.py {flags} out")
     left = (done() == 0).sum()
     assert 0 < left <= 60
     refuses(lambda folder: Records(folder, "moments"), {"out": "unfinished", "many": "no folder of latents"})
@@ -3001,7 +3090,7 @@ def test_an_autoencoder_begins_with_the_weights_of_another(autoencoders, data, l
         return
     Path("begin.pt").unlink()
     autoencode(f"{flags} --out new --init begin.pt --steps 2")
-    torch.save(state | {"model": old | {changed: torch.zeros(4, 3, 1, 1)}}, "cut.pt")
+    torch.save(old | {changed: torch.zeros(4, 3, 1, 1)}, "cut.pt")
     differs = rf"1 of \d+ tensors .*{changed} \(4, 3, 1, 1\) there, \(4, 4"
     refuses(autoencode, {f"{flags} --out cut --init cut.pt": differs})
     autoencode(f"{flags} --out cut --init cut.pt --init-partial")
@@ -3321,12 +3410,12 @@ def test_cached_targets_equal_live_ones_and_need_no_images(latents, data, hub, e
 
 def test_aligned_latent_diffusion_on_two_processes_equals_one(latents, hub):
     """Across the step where the alignment stops, the targets being made by both; local rank 0 fetches the encoder."""
-    fetching = 'import os, time\nif not os.path.exists("weights"):\n    time.sleep(1)  # a download\n'
+    fetching = 'import os, time\nif not os.path.exists("weights"):\n    time.sleep(0.2)  # a download\n'
     fetching += '    with open("weights", "a") as file:\n        file.write(os.environ["LOCAL_RANK"] + " ")\n'
     Path("hubconf.py").write_text(HUBCONF + fetching)
     flags = f"--latents {latents} --model dit-nano/2 --steps 4 --lr 1e-5 --repa dog --repa-stop 2"
     two = f"{flags} --encoder {Path().absolute()}:colours --out two --cache-targets two.tokens"
-    command(f"train_diffusion.py {TINY} {two}", processes=2)
+    completed(f"train_diffusion.py {TINY} {two}", 2)
     assert Path("weights").read_text() == "0 "
     train(f"{flags} --encoder {hub}:colours --out one --cache-targets one.tokens --grad-accum 2")
     for one, two in zip(metrics("one"), metrics("two")):
@@ -3522,7 +3611,7 @@ def documented(latents, autoencoders):
     Every command of README.md and of the programs' first lines parses, and its settings fit together.
     """
     for name, size in (("photos", 64), ("imagenet", 256), ("celeba-hq", 256)):
-        amended(latents, f"{name}.latents", size=size, data=name)
+        amended(latents, f"{name}.latents", size=size, data=name, factor=size // 4)
     for name in ("vae", "mine"):
         shutil.copytree(autoencoders / "kl", f"runs/{name}")
     parsers = {"train_diffusion": train_diffusion.parse, "train_vae": train_vae.parse, "sample": sample.parse}
@@ -3536,6 +3625,14 @@ def documented(latents, autoencoders):
     return lambda program, pattern: [
         args for name, flags, args in parsed if name == program and re.search(pattern, flags)
     ]
+
+
+def test_promises_name_the_tests_that_hold_them():
+    promised = re.findall(r"`(test_\w+)`( \(slow\))?", README)
+    assert len(promised) >= 20
+    for name, slow in promised:
+        marks = [mark.name for mark in getattr(globals()[name], "pytestmark", ())]
+        assert ("slow" in marks) == bool(slow), name
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.S))
@@ -3580,6 +3677,1738 @@ def test_documented_commands_are_understood_and_do_what_was_published(documented
         assert (args.size, args.lpips_weight, args.gan_weight, args.gan_start) == (256, 0.5, 0.5, 50_000)
         assert (args.esm_weight, args.esm_delta) == (0.01, 1.0)
     assert train_diffusion.parse("--model uvit-s --size 64 --path vp-sd".split()).snr_scale == 4
+
+
+# ---- what damage does: quick ----------------------------------------------------------------------------
+
+
+def lines_of(run):
+    """metrics.jsonl without what depends on the clock."""
+    clock = ("images_per_s", "data_wait")
+    return [{key: v for key, v in line.items() if key not in clock} for line in metrics(run, "step")]
+
+
+def left_by(run):
+    """All that a finished run leaves, to compare bit for bit, but for what depends on the clock and names the run."""
+    run = Path(run)
+    content = {file.name: file.read_bytes() for file in sorted(run.glob("samples/*.png"))}
+    for file in run.glob("*.pt"):
+        state = checkpoint(run, file.name)
+        content[file.name] = {key: state.get(key) for key in ("model", "ema", "optimizer", "step", "latent")}
+    scores = run / "scores.jsonl"
+    content["scores"] = list(map(json.loads, scores.read_text().splitlines())) if scores.exists() else []
+    others = {file.relative_to(run).as_posix() for file in run.rglob("*")}
+    return content | {"lines": lines_of(run), "files": sorted(others)}
+
+
+def assert_same_run(a, b, case=""):
+    a, b = left_by(a), left_by(b)
+    assert a.keys() == b.keys(), case
+    differing = [name for name in a if distance(a[name], b[name])]
+    assert not differing, f"{case}: {differing}"
+
+
+def same_runs(a, b, tolerance=0.0):
+    """Weights, optimizers and metrics of two runs, but for what depends on the clock."""
+    one, other = checkpoint(a), checkpoint(b)
+    keys = one.keys() - {"args"}
+    assert other.keys() - {"args"} == keys and max(distance(one[key], other[key]) for key in keys) <= tolerance
+    lines = [{line["step"]: line["loss"] for line in metrics(run)} for run in (a, b)]
+    assert lines[0].keys() == lines[1].keys()
+    np.testing.assert_allclose(*[list(steps.values()) for steps in lines], rtol=tolerance)
+
+
+def until(done, seconds=60):
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def within(seconds):
+    """Raises TimeoutError where it takes longer."""
+
+    def stop(*_):
+        raise TimeoutError(f"after {seconds} s")
+
+    old = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+
+
+def test_what_is_no_file_in_a_folder_is_skipped_by_name_and_never_opened(tmp_path, capsys, monkeypatch):
+    write_photos("data/a", 3)
+    os.mkfifo("data/a/fifo.png")
+    os.mkfifo("fifo")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("data/a/socket.png")
+    for name, target in {"fifo": tmp_path / "fifo", "device": "/dev/null", "nowhere": "/no/such"}.items():
+        Path(f"data/a/to {name}.png").symlink_to(target)
+    others = {"fifo.png", "socket.png", "to fifo.png", "to device.png", "to nowhere.png"}
+    with within(20):
+        images = Images("data", 16)
+        assert len(images) == 8 and images.cache_name()
+        for i, name in enumerate(images.names):
+            x, err = images.read(i), capsys.readouterr().err
+            assert (x is None) == (Path(name).name in others)
+            assert x is not None or re.search(rf"data/{name} \((no regular file|a link to nowhere)", err)
+        dct.main(dct.make_parser().parse_args(["upsample", "data/a", "large"]))
+        out, err = capsys.readouterr()
+        assert "3 images in large, 5 skipped" in out and all(f"the image {name}: " in err for name in others)
+        refuses(lambda spec: Images(spec, 16, "--score"), {"fifo": "^--score fifo: is neither a folder nor a .zip"})
+        with pytest.raises(SystemExit, match="^dct.py: cannot read the image fifo: no regular file$"):
+            upsampled("fifo", "up.png")
+    scandir = os.scandir
+    Path("data/b").mkdir()  # which may not be looked into, as root may everywhere
+
+    def denied(path):
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    refuses(lambda spec: Images(spec, 16), {"data": "^--data data: data/b cannot be read .Permission denied"})
+
+
+def test_damaged_zips_and_labels_are_refused_in_a_line_before_they_take_memory(capsys):
+    names = [f"{i:03d}.png" for i in range(4)]
+    content = {name: (write_photos("data", 4) / name).read_bytes() for name in names}
+    good = json.dumps({"labels": [[name, i] for i, name in enumerate(names)]})
+    huge, deep = good.replace(" 3]", " 1000000000]"), "[" * 100_000
+    labels = {"good": good, "huge": huge, "deep": deep, "twice": good.replace("003.png", "002.png")}
+    for what, text in labels.items():
+        with zipfile.ZipFile(f"{what}.zip", "w") as archive:
+            for name, data in (content | {"dataset.json": text}).items():
+                archive.writestr(name, data)
+    raw = Path("good.zip").read_bytes()
+    entry = raw.rfind(b"PK\x01\x02")  # of dataset.json
+    changed = {"locked": (entry + 8, raw[entry + 8] | 1), "crc": (entry + 16, raw[entry + 16] ^ 1)}
+    for what, (place, value) in (changed | {"directory": (raw.find(b"PK\x01\x02") + 1, 0)}).items():
+        Path(f"{what}.zip").write_bytes(raw[:place] + bytes([value]) + raw[place + 1 :])
+    Path("half.zip").write_bytes(raw[: len(raw) // 2])
+    bad = {"half": "is a cut-off .zip", "directory": "is a damaged .zip", "locked": "dataset.json .*encrypted"}
+    bad |= {
+        "crc": "dataset.json .*CRC",
+        "deep": "dataset.json .*recursion",
+        "twice": "dataset.json lists 1 files twice",
+    }
+    bad |= {"huge": "dataset.json gives 003.png the label '1000000000', one of 4; .*below 65,536"}
+    with within(20):
+        refuses(
+            lambda spec: Images(spec, 16), {f"{what}.zip": f"^--data {what}.zip: {text}" for what, text in bad.items()}
+        )
+        assert Images("good.zip", 16).labels == [0, 1, 2, 3]
+    with pytest.raises(SystemExit, match="^dct.py: half.zip: is a cut-off .zip[^\n]*$"):
+        upsampled("half.zip", "up")
+    with zipfile.ZipFile("bad.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("text\n.png", "hello")
+        archive.writestr("zeros.png", bytes(2**20))
+        archive.getinfo("zeros.png").file_size = 10**9  # as the directory announces
+    for name in (0, 1):
+        assert Images("bad.zip", 16, "--score").read(name) is None
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "skipped, unreadable: bad.zip/text .png (cannot identify image file)"
+    assert second.startswith("skipped, unreadable: bad.zip/zeros.png (1,000,000,000 bytes")
+    with pytest.raises(InputError, match="^--score bad.zip: of 2 images none can be read, as text\n.png; name others"):
+        Images("bad.zip", 16, "--score").readable(0)
+
+
+NUMBERS = {
+    train_diffusion: "--lr --clip --weight-decay --repa-weight --snr-scale --keep-threshold --batch --seed --workers",
+    train_vae: "--lr --clip --kl-weight --esm-weight --esm-delta --se-weight --vf-weight --gan-weight --lpips-weight",
+    sample: "--guidance --eta --snr-scale --n --batch --seed --steps",
+}
+
+
+@pytest.mark.parametrize("program", NUMBERS)
+def test_numbers_are_finite_and_bounded_and_values_can_be_paths(program):
+    Path("note.txt").write_text("hello")
+    Path("nowhere").symlink_to("no/such/place")
+    values = itertools.product(NUMBERS[program].split(), ("nan", "inf", "1e400", "9" * 20, "9" * 5000, "²"))
+    refuses(program.parse, {(flag, value): f"^argument (-n/)?{flag}: .* must be a" for flag, value in values})
+    paths = {"note.txt/x": "Not a directory", "nowhere": "link to nowhere", "~/x": "left ~ as it is", "a\0b": "NUL"}
+    paths |= {"a" * 300: "File name too long"}
+    refuses(lambda out: program.parse(["--out", out]), {value: f"^--out.*{text}" for value, text in paths.items()})
+    bad = {}
+    if program is train_diffusion:
+        bad = {f"--t-logit-normal {ends}": "must be" for ends in ("0.5 0", "0.5 -1", "nan 1", "0 inf")}
+        bad |= {f"--repa dog --repa-sigmas {ends}": "--repa-sigmas" for ends in ("0 nan", "inf inf", "0 1e300")}
+        assert program.parse("--repa dog --repa-sigmas 0 inf".split()).repa_sigmas[1] == np.inf
+        refuses(train_diffusion.parse_model, {f"dit-nano/{patch}": "^--model" for patch in ("²", "9" * 20, "9" * 5000)})
+    if program is sample:
+        bad = {f"--guidance-interval {ends}": "--guidance-interval" for ends in ("0.5 0.2", "0 nan", "0 2", "1 1")}
+        bad |= {"--npz note.txt/x.npz": "^--npz.*Not a dir", f"--npz {'a' * 300}.npz": "^--npz.*too long"}
+        for name in ("²", "9" * 5000):
+            refuses(lambda name: sample.parse_classes([name], ["a", "b"]), {name: "not one of the 2 classes"})
+    refuses(lambda flags: program.parse(flags.split()), bad)
+
+
+@pytest.mark.parametrize(
+    "flags", ["--size 1024 --block 256 --keep 100", "--label-dropout 0.9999999999", "--snr-scale 1e9"]
+)
+def test_what_flags_take_a_checkpoint_may_hold(flags):
+    args = vars(train_diffusion.parse(flags.split()))
+    names = ("space", "size", "model", "path", "snr_scale", "predict", "label_dropout", "block", "keep")
+    config = {name: args[name] for name in names} | {"classes": None, "eta": 1.0}
+    with torch.device("meta"):
+        train_diffusion.stored_network(config | {"entropies": [[0.0] * args["block"] ** 2] * 3})
+
+
+def test_torn_samples_are_made_again(trained, capsys):
+    flags = f"{trained} --n 4 --steps 1 --out out"
+    sampling(flags)
+    whole = {file.name: file.read_bytes() for file in Path("out").iterdir()}
+    for name, torn in {"000000": b"", "000001": whole["000001.png"][:200], "000002": bytes(500)}.items():
+        Path("out", f"{name}.png").write_bytes(torn)
+    kept = Path("out/000003.png").stat().st_mtime_ns
+    sampling(flags)
+    assert {file.name: file.read_bytes() for file in Path("out").iterdir()} == whole
+    assert Path("out/000003.png").stat().st_mtime_ns == kept
+    for torn in (b"", whole["protocol.json"][:50], bytes(100), b"7", b"\xff"):
+        sampling(f"{flags} --seed 1 --out other")  # made otherwise
+        Path("other/protocol.json").write_bytes(torn)
+        for name in (".lock", "000009.png.tmp"):
+            Path("other", name).touch()
+        capsys.readouterr()
+        sampling(flags.replace("--out out", "--out other"))
+        assert "other/protocol.json: torn; it is made again, and so are the 4 images" in capsys.readouterr().out
+        assert all(Path("other", name).read_bytes() == content for name, content in whole.items())
+        shutil.rmtree("other")
+    Path("mine").mkdir()
+    for name in ("protocol.json", "000000.png", "holiday.png"):
+        Path("mine", name).write_text("mine")
+    with pytest.raises(InputError, match="^--out mine holds other files"):
+        sampling(flags.replace("--out out", "--out mine"))
+    assert len(os.listdir("mine")) == 3
+    Path("new").mkdir()
+    Path("new/.lock").touch()
+    sampling(flags.replace("--out out", "--out new"))
+    assert all(Path("new", name).read_bytes() == content for name, content in whole.items())
+
+
+def test_weights_that_are_damaged_are_refused_by_name(tmp_path):
+    """Flipped bits in a record, values that are not finite, other types; what torch.load takes in silence."""
+    net = randomised(vae.VAE((32,), 4, 1))
+    state, key, config = (
+        net.state_dict(),
+        "decoder.conv_in.weight",
+        dict(widths=[32], latent_channels=4, num_res_blocks=1),
+    )
+    ours = {"config": config, "model": state, "ema": None, "step": 3}
+    torch.save(ours, "ours.pt")
+    open_autoencoder("ours.pt")
+    content = Path("ours.pt").read_bytes()
+    place = content.find(state[key].numpy().tobytes())
+    Path("flipped.pt").write_bytes(content[: place + 5] + bytes([content[place + 5] ^ 1]) + content[place + 6 :])
+    assert torch.load("flipped.pt", weights_only=True)["model"][key].isfinite().all()  # torch does not see it
+    with zipfile.ZipFile("ours.pt") as old, zipfile.ZipFile("bomb.pt", "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, bytes(10**7) if name.endswith("data/1") else old.read(name))
+    changes = {"nan": state[key].clone().fill_(float("nan")), "inf": state[key] / 0, "int": state[key].long()}
+    changes |= {"complex": state[key].cfloat(), "list": [1.0], "sparse": state[key].to_sparse()}
+    changes |= {"huge": torch.zeros(1).expand(10**6, 10**6), "empty": state[key][:0]}
+    for name, value in changes.items():
+        torch.save(ours | {"model": state | {key: value}}, f"{name}.pt")
+        torch.save(state | {key: value}, f"{name}-published.pt")
+    fitting = {"nan": "not finite", "inf": "not finite", "int": "of int64", "complex": "of complex", "list": "list"}
+    fitting |= {"sparse": "no plain array", "huge": "no plain array", "empty": "another architecture"}
+    bad = {"flipped.pt": "^flipped.pt: damaged, .*CRC|not those that were written", "bomb.pt": "^bomb.pt: refused"}
+    bad |= {f"{name}.pt": f"^{name}.pt: .*{text}" for name, text in fitting.items()}
+    bad |= {f"{name}-published.pt": f"^{name}-published.pt: " for name in changes}
+    refuses(open_autoencoder, bad)
+    lies = {"widths": [10**9], "num_res_blocks": 10**6, "latent_channels": 1.5, "attention": "x", "size": 10**9}
+    lies |= {"scale": float("nan"), "shift": [0.0], "widths ": None}
+    for name, value in lies.items():
+        torch.save(ours | {"config": config | {name.strip(): value}}, "lie.pt")
+        refuses(open_autoencoder, {"lie.pt": f"^lie.pt: a false checkpoint, its {name.strip()} is "})
+    for name, value in {"step": 1.5, "latent": {"scale": 0}, "args": [1], "model": 7, "val": 3}.items():
+        torch.save(ours | {name: value}, "lie.pt")
+        refuses(open_autoencoder, {"lie.pt": f"^lie.pt: a false checkpoint, its {name} is "})
+
+
+def test_a_checkpoint_that_cannot_be_opened_is_passed_over_for_the_one_before(trained, autoencoders, capsys):
+    state = checkpoint(trained)
+    for run in ("run", "other"):
+        Path(run).mkdir()
+        for number in (1, 2, 10):
+            torch.save(state | {"step": 12 - number}, f"{run}/checkpoint.{number}.pt")
+    read = lambda: train_vae.read_checkpoint("run")["step"]
+    assert read() == 11 and "run: no checkpoint.pt in it yet" in capsys.readouterr().out
+    Path("run/checkpoint.pt").write_bytes((trained / "checkpoint.pt").read_bytes()[:-999])
+    torch.save(state | {"config": state["config"] | {"predict": "noise"}}, "run/checkpoint.1.pt")
+    assert read() == 10 and read() == 10
+    (line,) = capsys.readouterr().out.splitlines()
+    assert re.match(
+        "run/checkpoint.2.pt is taken, step 10: run/checkpoint.pt: .*; run/checkpoint.1.pt: .*predict", line
+    )
+    for number in (2, 10):
+        Path(f"run/checkpoint.{number}.pt").write_bytes(b"")
+    refuses(train_vae.read_checkpoint, {"run": "^run/checkpoint.pt: "})  # the newest one's error
+    shutil.copy(autoencoders / "kl/checkpoint.pt", "other/checkpoint.pt")
+    refuses(train_vae.read_checkpoint, {"other": "a checkpoint of train_vae.py; give one of train_diffusion.py"})
+
+
+def test_configs_and_moments_that_lie_are_refused_before_anything_is_built(trained, data):
+    state = checkpoint(trained)
+    lies = {"predict": "noise", "path": [], "size": 10**9, "keep": 17, "block": 0, "eta": float("inf"), "space": "x"}
+    lies |= {"model": "uvit-nano/²", "classes": ["a", 1], "label_dropout": 1.0, "entropies": [[1.0]], "snr_scale": "x"}
+    cases = [(state | {"config": state["config"] | {name: value}}, name) for name, value in lies.items()]
+    cases += [(state | {"config": state["config"] | {"size": 32}}, "its size is 32, by its flags 16")]
+    cases += [(state | {"config": state["config"] | {"size": 2**14}, "args": None}, "pos_embed")]
+    for content, name in cases:
+        torch.save(content, "lie.pt")
+        refuses(train_vae.read_checkpoint, {"lie.pt": f"^lie.pt: .*{name}"})
+    weight = torch.nn.Parameter(torch.zeros(2, 3))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    weight.grad = torch.ones(2, 3)
+    optimizer.step()
+    moments = optimizer.state_dict()["state"][0]
+    bad = {
+        "exp_avg": (torch.zeros(3, 5), "shape|parameter 0 is torch.float32 .3, 5."),
+        "step": (3, "step of parameter 0"),
+    }
+    bad |= {"exp_avg_sq": (-torch.ones(2, 3), "negative"), "exp_avg ": (torch.zeros(2, 3) / 0, "not finite")}
+    groups = optimizer.state_dict()["param_groups"]
+    for name, (value, message) in bad.items():
+        lying = {"state": {0: moments | {name.strip(): value}}, "param_groups": groups}
+        with pytest.raises(InputError, match=f"^run: .*{message}|^run of parameter 0: .*{message}"):
+            train_vae.load_part(optimizer, lying, "run")
+    for lying in ({"state": {1: moments}}, {"state": {0: moments, "x": moments}}, {}, None):
+        with pytest.raises(InputError, match="^run: "):
+            train_vae.load_part(optimizer, lying, "run")
+    train_vae.load_part(
+        optimizer, {"state": {0: moments}, "param_groups": []}, "run"
+    )  # settings are those of the flags
+    scaler = torch.amp.GradScaler("cpu")
+    for lying in ({}, scaler.state_dict() | {"scale": float("nan")}, scaler.state_dict() | {"_growth_tracker": None}):
+        with pytest.raises(InputError, match="^run: its "):
+            train_vae.load_part(scaler, lying, "run")
+
+
+def test_damaged_decoded_images_are_made_again_and_damaged_latents_refused(tmp_path, capsys):
+    images = Images(str(write_photos("photos", 6, classes=["a", "b"])), 16)
+    folder = Path("cache", images.cache_name())
+    right = Pixels(images, "cache", Processes("cpu"), 0).read(np.arange(6))
+    damages = {name: lambda file: file.write_bytes(file.read_bytes()[:-1]) for name in ("values", "labels")}
+    damages |= {"done": lambda file: np.save(file, np.zeros(6, np.uint8)), "names": lambda file: file.unlink()}
+    damages |= {"header": lambda file: file.write_text("[" * 10**5)}
+    for name, damage in damages.items():
+        damage(folder / f"{name}.{'json' if name in ('names', 'header') else 'npy'}")
+        capsys.readouterr()
+        assert torch.equal(Pixels(images, "cache", Processes("cpu"), 0).read(np.arange(6)), right)
+        assert capsys.readouterr().out.count("made again: --cache cache/") == 1
+    values = lambda n=6, side=4: np.ones((n, 2, 8, side, side), np.float16)
+    encode, made_by = lambda x: values(len(x)), {"kind": "moments", "autoencoder": "x", "vae": "y", "factor": 4}
+    finish = lambda records: {"scale": 1.0, "shift": 0.0, "latent_norm": "one"}
+    Records.make("right", images, made_by, (2, 8, 4, 4), encode, Processes("cpu"), 0, 4, "--out", finish)
+    header = json.loads(Path("right/header.json").read_text())
+    arrays = {"values": [values().astype(np.float32), values(5), values(side=5), np.asfortranarray(values())]}
+    arrays |= {"labels": [np.array([0, 1, 0, 1, 0, 2]), np.zeros(6, np.int64)], "done": [np.full(6, 3, np.uint8)]}
+    arrays["values"] += [np.array([{}] * 6)]
+    for name, spoilt in arrays.items():
+        for array in spoilt:
+            shutil.copytree("right", "wrong", dirs_exist_ok=True)
+            np.save(f"wrong/{name}.npy", array)
+            refuses(lambda folder: Records(folder, "moments"), {"wrong": "^--latents wrong: damaged .*; remove it and"})
+    lies = {"scale": [1.0], "size": 10**9, "complete": 1, "images": {}, "factor": 2, "data": None}
+    lies |= {"images ": header["images"] | {"count": 10**9}, "images  ": header["images"] | {"classes": ["a"]}}
+    for name, value in lies.items():
+        amended(Path("right"), "lie", **{name.strip(): value})
+        refuses(lambda folder: Records(folder, "moments"), {"lie": "^--latents lie: damaged"})
+        shutil.rmtree("lie")
+    spoilt = values()
+    spoilt[3, 0, 0, 0, 0] = np.nan
+    np.save("right/values.npy", spoilt)
+    records = Records("right", "moments")
+    assert records.read(np.array([0, 1])).isfinite().all()
+    with pytest.raises(InputError, match="^--latents right: its values.npy is not finite: damaged"):
+        records.read(np.array([2, 3]))
+
+
+def test_broken_lines_of_small_files_are_left_out_and_said(data, capsys):
+    flags = f"--data {data} --out run --steps"
+    train(f"{flags} 3")
+    lines, file = lines_of("run"), Path("run/metrics.jsonl")
+    text = file.read_bytes().splitlines()
+    broken = [b"\0" * 40, b'{"step": 2, "lo', b"[1, 2]", b'{"loss": 1}', b'{"step": "2"}', b"\xff\xfe", b"[" * 100_000]
+    file.write_bytes(b"\n".join([text[0], *broken, *text[1:]]) + b'\n{"step": 3, "lr')
+    capsys.readouterr()
+    train(f"{flags} 4")
+    assert "run/metrics.jsonl: 8 broken lines" in capsys.readouterr().out
+    assert lines_of("run")[:4] == lines and len(lines_of("run")) == 6
+    scores = Path("scores.jsonl")
+    scores.write_bytes(b'{"a": 1}\n{"half')
+    for content in ({"b": 2}, {"b": 2}, {"c": 3}, {"b": 2}):  # said again, as a killed command does, it is one
+        train_vae.append_json(scores, content)
+    assert scores.read_bytes() == b'{"a": 1}\n{"half\n{"b": 2}\n{"c": 3}\n{"b": 2}\n'
+
+
+def test_nothing_that_is_not_finite_is_saved_and_after_skipped_steps_saving_waits(data, monkeypatch):
+    with monkeypatch.context() as patch:
+        broken = lambda averaged, network, step, decay: step == 2 and next(averaged.parameters())[0].fill_(np.inf)
+        patch.setattr(train_diffusion, "update_ema", broken)
+        with pytest.raises(InputError, match="^the weights of step 3 are not finite; run/checkpoint.pt, of step 2, is"):
+            train(f"--data {data} --out run --steps 6 --save-every 1")
+        shutil.rmtree("run")
+        for due in ("--save-every 3", "--eval-every 3", "--snapshot-every 3"):
+            with pytest.raises(InputError, match="^the weights of step 3 are not finite; none was saved before"):
+                train(f"--data {data} --out run --steps 6 {due}")
+            assert not [*Path("run").glob("*.pt*"), *Path("run").glob("samples/*")]
+    real, calls, bad = train_diffusion.diffusion_loss, itertools.count(1), {3, 4, 8}
+
+    def sometimes_nan(*args, **kwargs):
+        loss, aligned = real(*args, **kwargs)
+        return loss * (float("nan") if next(calls) in bad else 1.0), aligned
+
+    monkeypatch.setattr(train_diffusion, "diffusion_loss", sometimes_nan)
+    with pytest.raises(InputError, match=r"the last 1 steps were .* run/checkpoint.pt, of step 6, is the last good"):
+        train(f"--data {data} --out run --steps 8 --save-every 3")
+    steps = [checkpoint("run", name)["step"] for name in ("checkpoint.pt", "checkpoint.1.pt")]
+    assert steps == [6, 5]  # not 3
+
+
+@pytest.mark.parametrize("program, lost", [("train_diffusion.py", "picture"), ("train_vae.py", "all")])
+def test_a_killed_evaluation_is_made_by_the_same_command(data, program, lost, capsys):
+    begin, last = (train, 8 + 1) if program == "train_diffusion.py" else (autoencode, 4)
+    more = "" if begin is train else "--features hog --ema 0.9"
+    flags = f"--data {data} --val {write_photos('val', 6)} --steps 4 --eval-every 2 --save-every 2 {more} --out"
+    begin(f"{flags} whole")
+    shutil.copytree("whole", "killed")
+    text = Path("killed/metrics.jsonl").read_text().splitlines(keepends=True)
+    assert "lr" not in json.loads(text[-1]) and json.loads(text[-1])["step"] == 4
+    if lost != "picture":
+        Path("killed/metrics.jsonl").write_text("".join(text[:-1]))
+    if lost != "line":
+        for file in Path("killed/samples").glob("step0000004*"):
+            file.unlink()
+    if lost == "all":
+        Path("killed/scores.jsonl").unlink(missing_ok=True)
+        shutil.copy("killed/checkpoint.1.pt", "killed/best.pt")
+    capsys.readouterr()
+    begin(f"{flags} killed")
+    assert "step 4/4" in capsys.readouterr().out
+    assert_same_run("whole", "killed")
+    begin(f"{flags} killed")
+    assert re.search("finished.*--steps 8", capsys.readouterr().out, re.S)
+    if lost == "all":  # an evaluation in the middle of a run as well
+        for file in ("checkpoint.pt", "checkpoint.1.pt"):
+            shutil.copy("whole/checkpoint.1.pt", f"killed/{file}")
+        kept = [
+            line for line in text if json.loads(line)["step"] < 2 or '"lr"' in line and json.loads(line)["step"] < 3
+        ]
+        Path("killed/metrics.jsonl").write_text("".join(kept))
+        begin(f"{flags} killed")
+        assert lines_of("whole") == lines_of("killed")
+
+
+def test_checkpoints_are_read_back_before_older_ones_move_up(data, monkeypatch):
+    flags, files = f"--data {data} --out run --save-every 1 --steps", ("checkpoint.pt", "checkpoint.1.pt")
+    train(f"{flags} 3")
+    train(f"{flags} 6 --keep-last 4")
+    names = [*files, "checkpoint.2.pt", "checkpoint.3.pt"]
+    assert [checkpoint("run", name)["step"] for name in names] == [6, 5, 4, 3]
+    before = {name: Path("run", name).read_bytes() for name in names}
+    real = torch.save
+
+    def flipped(state, file):
+        real(state, content := io.BytesIO())
+        content = bytearray(content.getvalue())
+        content[content.index(state["model"]["x_embedder.proj.weight"].numpy().tobytes()[:64]) + 7] ^= 1
+        file.write(content)
+
+    monkeypatch.setattr(torch, "save", flipped)
+    with pytest.raises(InputError, match=r"^run/checkpoint.pt(.tmp)?: .*"):
+        train(f"{flags} 8")
+    assert {name: Path("run", name).read_bytes() for name in names} == before
+    assert not list(Path("run").glob("*.tmp"))
+    monkeypatch.setattr(torch, "save", real)
+    monkeypatch.setattr(os, "link", lambda *paths: os.open("/", os.O_WRONLY))  # a file system without links
+    train(f"{flags} 8")
+    assert [checkpoint("run", name)["step"] for name in names] == [8, 7, 4, 3]
+    assert not [name for name in os.listdir("run") if name.endswith(".tmp")]
+    content = bytearray(Path("run/checkpoint.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    Path("run/checkpoint.pt").write_bytes(content)
+    train_vae.keep_older(Path("run/checkpoint.pt"), 2)  # one that is damaged takes no sound one's place
+    assert checkpoint("run", "checkpoint.1.pt")["step"] == 7
+
+
+@contextlib.contextmanager
+def files_at_most(size):
+    """Files of this process end at so many bytes, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # pytest's are files
+            yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_what_cannot_be_written_is_a_line_that_leaves_nothing_half(data, trained):
+    flags = f"--data {data} --out run --save-every 2 --steps"
+    train(f"{flags} 2")
+    before, pixels = checkpoint("run"), lambda cache: Pixels(Images(str(data), 64), cache, Processes("cpu"), 0)
+    rows = [(10, "run/metrics.jsonl", "MiB are"), (50_000, "run/checkpoint.pt", r"it takes \d\d\.\d MiB, .* MiB are")]
+    for size, file, text in rows:
+        with files_at_most(size):
+            line = rf"^{file}: cannot be written \(File too large\); .*{text} free on .* the same command again$"
+            refuses(train, {f"{flags} 3": line})
+        assert not list(Path("run").rglob("*.tmp")) and distance(checkpoint("run"), before) == 0
+    with files_at_most(50_000):
+        refuses(pixels, {"other": "^other/.*/values.npy: cannot be written .* it takes 0.6 MiB"})
+    with files_at_most(100):
+        refuses(sampling, {f"{trained} --n 2 --steps 1 --out s": r"^s/protocol.json: cannot be written"})
+    sampling(f"{trained} --n 2 --steps 1 --out s")
+    with files_at_most(300):
+        refuses(sampling, {f"{trained} --n 2 --steps 1 --out s": r"^s.png: cannot be written"})
+    assert not list(Path().rglob("*.tmp")) and len(pixels("other").indices) == 48
+    train(f"{flags} 3")
+    assert [line["step"] for line in metrics("run", "lr")] == [1, 2, 3]
+
+
+def test_a_run_whose_folder_is_deleted_ends_in_a_line(data, monkeypatch):
+    real = train_diffusion.diffusion_loss
+    for more in ("--log-every 1", "--log-every 9 --save-every 3", "--log-every 9 --eval-every 3"):
+        calls = itertools.count(1)
+        gone = lambda *args, calls=calls, **more: (next(calls) == 2 and shutil.rmtree("run")) or real(*args, **more)
+        monkeypatch.setattr(train_diffusion, "diffusion_loss", gone)
+        refuses(train, {f"--data {data} --out run --steps 9 {more}": "^run.*(No such file or directory|removed while)"})
+        assert not Path("run").exists()
+
+
+HOLDER = """
+import fcntl, sys, time
+file = open(sys.argv[1], "a+")
+fcntl.lockf(file, fcntl.LOCK_EX)
+file.truncate(0)
+file.write("process 4711 on elsewhere since 12:01")
+file.flush()
+print("held", flush=True)
+time.sleep(float(sys.argv[2]))
+"""
+
+
+@contextlib.contextmanager
+def held(folder, seconds=60):
+    """Another process holds a folder."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    words = [sys.executable, "-c", HOLDER, str(Path(folder, ".lock")), str(seconds)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+def test_what_another_process_works_in_is_left_alone_until_it_is_dead(data, trained, autoencoders, capsys):
+    run = f"--data {data} --steps 2 --cache own --out"
+    train(f"{run} run")
+    held_by = "is in use by process 4711 on elsewhere since 12:01; wait for it, or name another"
+    with held("run"), held("vae"), held("new"), held("s"):
+        before = left_by("run")
+        sampling("run --n 1 --steps 1 --out other")
+        refuses(train, {f"{run} run --steps 4": f"^--out run: {held_by}", f"{run} new": f"^--out new: {held_by}"})
+        refuses(autoencode, {f"{run} vae": f"^--out vae: {held_by}"})
+        refuses(sampling, {f"{trained} --n 1 --out s": f"^--out s: {held_by}"})
+        assert distance(before, left_by("run")) == 0 and os.listdir("new") == os.listdir("vae") == os.listdir("s") == [
+            ".lock"
+        ]
+    assert Path("run/.lock").read_text().startswith("process 4711")
+    train(f"{run} run --steps 4")  # of a dead one it is free, whatever is written in it
+    capsys.readouterr()
+    with held("s.latents", 1.5):  # what is made once for all is waited for
+        looking(f"--encode {data} --ckpt {autoencoders}/kl --out s.latents")
+    assert "--out s.latents: is being made by process 4711 on elsewhere since 12:01; waiting" in capsys.readouterr().out
+    assert len(Records("s.latents", "moments").indices) == 48
+
+
+@pytest.fixture
+def signalled(monkeypatch, capsys):
+    """A function: the exit code of a program that a signal stops, and its one line of stderr."""
+    monkeypatch.setattr(train_vae, "asked", {})
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+
+    def end(main, flags):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ending:
+            train_vae.run_program(main, lambda: flags)
+        train_vae.asked.clear()
+        (line,) = capsys.readouterr().err.splitlines()
+        return ending.value.code, line
+
+    return end
+
+
+def asking(function, when):
+    """The function, after which a signal comes where when(its arguments)."""
+
+    def asks(*given, **named):
+        result = function(*given, **named)
+        if when(*given):
+            train_vae.ask_to_stop(signal.SIGTERM, None)
+        return result
+
+    return asks
+
+
+def test_a_signal_stops_training_after_a_step_which_the_same_command_goes_on_from(data, signalled, monkeypatch):
+    flags = f"--data {data} --steps 5 --eval-every 3"
+    train(f"{flags} --out whole")
+    moments = {2: (train_vae.Log, "end_step", lambda log, step, *_: step == 2)}
+    moments[3] = Diffusion, "denoiser", lambda *_: True  # during the evaluation
+    for step, (owner, name, when) in moments.items():
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, asking(getattr(owner, name), when))
+            said = f"stopped at step {step} by SIGTERM: the same command goes on"
+            assert signalled(train, f"{flags} --out {step}") == (143, said)
+        assert checkpoint(str(step))["step"] == step and not metrics(str(step), "x0_error_by_band")
+        train(f"{flags} --out {step}")
+        same_runs("whole", str(step))
+
+
+def test_a_signal_stops_sampling_and_encoding_within_a_tick(trained, autoencoders, signalled, monkeypatch):
+    flags, pictures = f"{trained} -n 5 --steps 2 --batch 1 --out out", lambda: len(list(Path("out").glob("*.png")))
+    with monkeypatch.context() as patched:
+        asks = asking(train_vae.write_atomically, lambda file, *_: file.name == "000002.png")
+        patched.setattr(train_vae, "write_atomically", asks)
+        said = "stopped after sample 3 of 5 by SIGTERM: the same command goes on"
+        assert signalled(sampling, flags) == (143, said)
+    assert pictures() == 3
+    sampling(flags)
+    assert pictures() == 5
+    encode = f"--ckpt {autoencoders}/kl --encode {write_photos('many', 6)} --batch 2 --out latents --device cpu"
+    encoding = lambda flags: train_vae.main(train_vae.parse(flags.split()))
+    with monkeypatch.context() as patched:
+        patched.setattr(Images, "read", asking(Images.read, lambda images, i: i == 3))
+        said = "stopped after encode 4 of 6 by SIGTERM: the same command goes on"
+        assert signalled(encoding, encode) == (143, said)
+    assert np.load("latents/done.npy").tolist() == [1, 1, 1, 1, 0, 0]
+    encoding(encode)
+    assert np.load("latents/done.npy").all()
+
+
+def test_a_second_signal_ends_at_once_but_not_one_that_torchrun_passes_on(monkeypatch):
+    monkeypatch.setattr(train_vae, "asked", {})
+    sent, handlers = [], []
+    monkeypatch.setattr(os, "kill", lambda *given: sent.append(given))
+    monkeypatch.setattr(signal, "signal", lambda *given: handlers.append(given))
+    for _ in range(3):
+        train_vae.ask_to_stop(signal.SIGINT, None)
+    assert not sent and train_vae.asked["signal"] == signal.SIGINT
+    train_vae.asked["at"] -= 2
+    train_vae.ask_to_stop(signal.SIGTERM, None)
+    assert sent == [(os.getpid(), signal.SIGTERM)] and handlers == [(signal.SIGTERM, signal.SIG_DFL)]
+
+
+def test_processes_meet_anew_whatever_an_earlier_start_has_left(monkeypatch):
+    """Rounds on one store, as after restarts: in each, a prefix that all share, and nothing of the rounds before."""
+    server = torch.distributed.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    environment = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=server.port, TORCHELASTIC_USE_AGENT_STORE=True)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(value))
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as threads:
+            stores = list(threads.map(functools.partial(train_vae.meet, world=3), range(3)))
+        assert not any(store.check(["address"]) for store in stores)
+        stores[2].set("address", "here")
+        assert all(store.check(["address"]) for store in stores)
+    monkeypatch.setattr(train_vae, "MEETING_TIMEOUT", 0.1)
+    with pytest.raises(InputError, match="not all 3 processes started"):
+        train_vae.meet(0, 3)
+
+
+def test_a_lost_process_is_named_in_one_line(signalled, monkeypatch, tmp_path):
+    error = "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4711"
+
+    def broken(flags):
+        raise RuntimeError(error)
+
+    code, line = signalled(broken, "")
+    assert code == 2 and re.search("^error: another process has probably ended, the same command goes on", line)
+    asks = asking(lambda: None, lambda: True)
+    assert signalled(lambda flags: asks() or broken(flags), "")[0] == 143  # it was asked to stop as well
+    error = "shape mismatch"
+    with pytest.raises(RuntimeError, match="shape"):
+        train_vae.run_program(broken, lambda: "")
+    # sampling: process 1 holds its lock while it lives
+    monkeypatch.setattr(sample, "LOST", 0.4)
+    code = "import fcntl; fcntl.lockf(file := open('.lock1', 'a'), fcntl.LOCK_EX); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        watched = {}
+        for _ in range(4):
+            assert sample.watch({1: 2}, tmp_path, watched) == [] and not time.sleep(0.2)
+    assert watched[1][2]  # its lock was seen
+    ends = [time.sleep(0.2) or sample.watch({1: 2}, tmp_path, watched) for _ in range(4)]
+    assert ends[-1] == [1]
+    # images are a sign of life as well, where locks are not seen; one that has not begun is given time
+    for missing in range(9, 4, -1):
+        watched[1] = missing + 1, watched[1][1], True
+        assert sample.watch({1: missing}, tmp_path, watched) == []
+    assert not any(time.sleep(0.2) or sample.watch({2: 2}, tmp_path, watched) for _ in range(4))
+
+
+def test_a_signal_to_one_process_alone_stops_all_with_one_line(signalled):
+    def told(flags):
+        raise train_vae.Stopped(signal.SIGTERM, " at step 3")  # as Run._stop does, whoever was asked
+
+    assert not train_vae.asked
+    assert signalled(told, "") == (143, "stopped at step 3 by SIGTERM: the same command goes on")
+
+
+def test_a_signal_stops_a_trajectory(trained, signalled):
+    train_vae.ask_to_stop(signal.SIGTERM, None)
+    said = "stopped during the trajectory by SIGTERM: the same command goes on"
+    assert signalled(sampling, f"{trained} --trajectory --steps 2 --out t") == (143, said)
+
+
+def test_programs_run_with_closed_streams(signalled, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert train_vae.run_program(lambda flags: print(flags) or 7, lambda: "said to no one") == 7
+
+
+def test_a_terminal_that_goes_after_another_signal_is_written_to_no_more(monkeypatch):
+    monkeypatch.setattr(train_vae, "asked", {})
+    turned = []
+    monkeypatch.setattr(os, "dup2", lambda _, stream: turned.append(stream))
+    monkeypatch.setattr(train_vae.stat, "S_ISCHR", lambda _: True)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        train_vae.ask_to_stop(number, None)
+    assert turned == [1, 2] and train_vae.asked["signal"] == signal.SIGTERM
+
+
+# ---- slow: attacks ----------------------------------------------------------------------------------------
+
+
+# What is killed: a time after the start, or the moment when such a file appears.
+MOMENTS = ["checkpoint.pt.tmp", "checkpoint.1.pt", "best.pt.tmp", "samples/*.tmp", "samples/*4.png", "samples/*8.png"]
+MOMENTS += ["metrics.jsonl.tmp", "../cache-*/*/done.npy", "../cache-*/*/header.json", "checkpoint-*.pt", "scores.jsonl"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["train_diffusion.py", "train_vae.py"])
+def test_thirty_kills_leave_what_an_uninterrupted_run_leaves(program, seed=12):
+    write_photos("photos", 60, classes=["a", "b"])
+    write_photos("val", 6)
+    tiny, more = (TINY, "") if program == "train_diffusion.py" else (TINY_VAE, "--ema 0.9 --features hog")
+    flags = f"{tiny} --data photos --val val --steps 8 --save-every 2 --eval-every 4 --snapshot-every 4 {more}"
+    line = lambda run: f"{program} {flags} --out {run} --cache cache-{run}"
+    began = time.perf_counter()
+    completed(line("whole"))
+    took, rng, kills, runs = time.perf_counter() - began, np.random.default_rng(seed), 0, 0
+    while kills < 30:
+        run, codes = f"run{runs}", []
+        while not codes or codes[-1] != 0:
+            before = {file for moment in MOMENTS for file in Path(run).glob(moment)}
+            (process,), moment, case = launch(line(run)), None, f"seed {seed}, kill {kills}"
+            end = time.perf_counter() + rng.uniform(0.05, 1.1) * took
+            if rng.random() < 0.6:
+                moment, end = str(rng.choice(MOMENTS)), time.perf_counter() + 2 * took
+            while process.is_alive() and kills < 30 and time.perf_counter() < end:
+                if moment and set(Path(run).glob(moment)) - before:
+                    break
+                time.sleep(0.0005)
+            if kills < 30 and process.is_alive():
+                process.kill()
+            (end,) = finish([process])
+            assert end[0] in (0, -signal.SIGKILL), (case, end)
+            codes.append(end[0])
+            kills += codes[-1] != 0
+        assert_same_run("whole", run, f"seed {seed}, {run}, {kills} kills")
+        runs += 1
+    print(f"{kills} kills in {runs} runs")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """small_disk(bytes, *options) -> a disk of its own."""
+    disks = []
+
+    def mount(size, *options):
+        disk = tmp_path / f"disk{len(disks)}"
+        disk.mkdir()
+        words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+        if not shutil.which("mount") or subprocess.run(words, capture_output=True).returncode:
+            pytest.skip("no disk may be mounted here")
+        disks.append(disk)
+        return disk
+
+    yield mount
+    for disk in disks:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def writers(data, trained, autoencoders, disk):
+    """Commands that write to a disk -> {name: command}"""
+    training = f"--data {data} --steps 8 --save-every 2 --eval-every 3 --out {disk}"
+    kl = f"{autoencoders}/kl"
+    return {
+        "train": f"train_diffusion.py {TINY} {training}/run",
+        "vae": f"train_vae.py {TINY_VAE} {training}/vae",
+        "sample": f"sample.py --device cpu {trained} --n 40 --steps 1 --out {disk}/samples/s --npz {disk}/s.npz",
+        "trajectory": f"sample.py --device cpu {trained} --trajectory --steps 2 --out {disk}/t/t",
+        "encode": f"train_vae.py --device cpu --encode {data} --ckpt {kl} --out {disk}/l.latents",
+        "look": f"train_vae.py --device cpu --eval-only --ckpt {kl} --features hog --out {disk}/look",
+        "spectrum": f"train_vae.py --device cpu --spectrum {kl} --out {disk}/spectrum",
+    }
+
+
+@pytest.mark.slow
+def test_full_and_read_only_disks_are_a_line_and_the_same_command_goes_on(small_disk, data, trained, autoencoders):
+    sizes = {"train": "21m", "vae": "4m", "sample": "24k", "trajectory": "4k", "encode": "44k", "look": "12k"}
+    sizes |= {"spectrum": "4k"}
+    for name, size in sizes.items():
+        disk = small_disk(size)
+        line, ballast = writers(data, trained, autoencoders, disk)[name], disk / "ballast"
+        ballast.write_bytes(bytes(2048 if name != "train" else 2**20))
+        one_error(*finish(launch(line)), str(disk), "No space left on device")
+        assert not list(disk.rglob("*.tmp")) and ballast.exists()
+        subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
+        completed(line)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        for old, new in {"--steps 8": "--steps 9", "--n 40": "--n 41", "l.latents": "m.latents"}.items():
+            line = line.replace(old, new)
+        one_error(*finish(launch(line)), str(disk), "Read-only file system")
+
+
+def race(line, pause):
+    """A command started twice, so many seconds apart -> what `finish` says of both; one at least ends well."""
+    first = launch(line)
+    time.sleep(pause)
+    ends = finish(first + launch(line))
+    assert 0 in [code for code, *_ in ends], ends
+    return ends
+
+
+@pytest.mark.slow
+def test_the_same_command_twice_at_once(data, trained, autoencoders):
+    write_photos("many", 400, classes=["a", "b"])
+    line, told = f"train_diffusion.py {TINY} --data {data} --steps 30 --save-every 1 --out", 0
+    completed(f"{line} whole")
+    for k in range(5):
+        pauses = np.random.default_rng(k).uniform(0, 1, 2)
+        # a run, new or begun: one of them is told, what the other does is what it does alone
+        for end in race(f"{line} run{k}", pauses[0]):
+            if end[0]:
+                one_error(end, f"--out run{k}: is in use by process")
+                told += 1
+        assert_same_run("whole", f"run{k}", f"race {k}")
+        # a folder of samples
+        for end in race(f"sample.py --device cpu {trained} --n 150 --batch 5 --steps 8 --out s{k}", pauses[1]):
+            if end[0]:
+                one_error(end, f"--out s{k}", "in use by process")
+                told += 1
+        assert len(list(Path(f"s{k}").glob("*.png"))) == 150 and not list(Path(f"s{k}").glob("*.tmp"))
+        # what is made once for all: both end well, with all of it
+        encode = f"train_vae.py --device cpu --workers 0 --batch 4 --encode many --ckpt {autoencoders}/kl"
+        decode = f"train_diffusion.py {TINY} --data many --steps 1 --cache cache{k} --out"
+        lines = [f"{decode} x{k}", f"{decode} y{k}", *[f"{encode} --out l{k}.latents"] * 2]
+        ends = finish([process for line in lines for process in launch(line)])
+        assert not any(code for code, *_ in ends), ends
+        assert len(Records(f"l{k}.latents", "moments").indices) == 400
+        assert distance(checkpoint(f"x{k}")["model"], checkpoint(f"y{k}")["model"]) == 0
+    assert told > 3
+    folders = [np.load(f"l{k}.latents/values.npy") for k in range(5)]
+    assert all(np.array_equal(folders[0], other) for other in folders[1:])
+
+
+@pytest.mark.slow
+def test_a_run_in_training_can_be_benchmarked_and_looked_at(data):
+    train(f"--data {data} --steps 2 --out run")
+    autoencode(f"--data {data} --steps 2 --out vae")
+    with held("run"), held("vae"):
+        train(f"--data {data} --steps 2 --out run --benchmark 1")
+        looking("--eval-only --ckpt vae")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [f"train_diffusion.py {TINY}", f"train_vae.py {TINY_VAE}"])
+def test_run_folders_deleted_while_training(data, program):
+    for k in range(5):
+        every = ("--log-every 1", "--save-every 2 --log-every 99", "--eval-every 2 --log-every 99")[k % 3]
+        processes, folder = launch(f"{program} --data {data} --steps 100000 --out run{k} {every}"), Path(f"run{k}")
+        until(lambda folder=folder: any(list(folder.glob(name)) for name in ("metrics.jsonl", "checkpoint.pt", "*/*")))
+        time.sleep(np.random.default_rng(k).uniform(0, 0.3))
+        folder.rename(f"gone{k}")
+        shutil.rmtree(f"gone{k}", ignore_errors=True)
+        one_error(*finish(processes), f"run{k}")
+
+
+# Every case ends, in time and in little memory, in a right result or in an error of one line that names what is wrong.
+
+NASTY = [None, -1, 1.5, float("nan"), float("inf"), 10**6, 10**9, 10**30, "x", "", "²", [], [1], {}, {"a": [1]}, True]
+NASTY += [[10**9] * 3, torch.zeros(2), "uvit-nano/99999999999"]
+
+
+def how_it_ends(action, seconds=60, gigabytes=2.5):
+    """What becomes of action() -> plain text in a process of its own: ("right", text), ("refused", the line), or
+    ("broken", why): a traceback, a signal, a hang, more memory than that."""
+    source, sink = os.pipe()
+    if not (child := os.fork()):
+        status = 1
+        try:
+            signal.alarm(seconds)
+            torch.set_num_threads(1)  # a pool of threads does not outlive a fork
+            for stream in (1, 2):
+                os.dup2(os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+            try:
+                answer = ["right", action()]
+            except InputError as error:
+                answer = ["refused" if "\n" not in str(error) and len(str(error)) < 2000 else "broken", str(error)]
+            except BaseException as error:
+                answer = ["broken", f"{type(error).__name__}: {error}"[:300]]
+            os.write(sink, json.dumps(answer).encode()[:60000])
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(sink)
+    with os.fdopen(source) as pipe:
+        answer = pipe.read()
+    _, status, usage = os.wait4(child, 0)
+    if not answer or status:
+        return "broken", f"ended with status {status}, by signal {status & 127}"
+    kind, text = json.loads(answer)
+    return ("broken", f"{usage.ru_maxrss >> 20} GiB") if usage.ru_maxrss > gigabytes * 2**20 else (kind, text)
+
+
+def attack_files(cases, expected, may_differ=()):
+    """Run (name, words that an error has one of, action): none may break, and none be right but different."""
+    ends = {"right": 0, "refused": 0, "broken": 0}
+
+    def judge(number, case):
+        name, words, action = case
+        kind, text = how_it_ends(action)
+        if kind == "right" and text != expected[name.split()[0]] and not any(word in name for word in may_differ):
+            kind, text = "broken", "another result, in silence"
+        if kind == "refused" and not any(word in text for word in words):
+            kind = "broken"
+        ends[kind] += 1
+        assert kind != "broken", f"{name}: {text}"
+
+    attack(enumerate(cases), judge, 90)
+    print(ends)
+    assert min(ends["right"], ends["refused"]) > 0
+
+
+def damaged_bytes(content, rng):
+    """-> (what was done, the bytes)"""
+    content, way = bytearray(content), rng.integers(5)
+    if way == 0:
+        return "cut off", bytes(content[: rng.integers(len(content))])
+    if way == 1:
+        start, count = rng.integers(len(content)), int(rng.integers(1, 5000))
+        content[start : start + count] = bytes(len(content[start : start + count]))
+        return "zeros", bytes(content)
+    for place in (
+        rng.integers(0, len(content), rng.integers(1, 9)) if way < 4 else rng.integers(-min(3000, len(content)), 0, 2)
+    ):
+        content[place] ^= 1 << rng.integers(8)
+    return "bits", bytes(content)
+
+
+def swapped_records(file, rng):
+    """Two records of a .zip under each other's names, with their right CRCs."""
+    with zipfile.ZipFile(file) as old:
+        records = {info.filename: old.read(info) for info in old.infolist()}
+    a, b = rng.choice([name for name in records if "/data/" in name], 2, replace=False)
+    records[a], records[b] = records[b], records[a]
+    with zipfile.ZipFile(file, "w") as new:
+        for name, content in records.items():
+            new.writestr(name, content)
+
+
+def spoiled(state, rng):
+    """What is wrong with it now; of a checkpoint, in place."""
+    part = state[["model", "ema"][rng.integers(2)] if state["ema"] else "model"]
+    key, moment = list(part)[rng.integers(len(part))], state["optimizer"]["state"][int(rng.integers(5))]
+    weight, which = part[key], ["exp_avg", "exp_avg_sq"][rng.integers(2)]
+
+    def put(place, name, value):
+        place[name] = value
+
+    nasty = NASTY[rng.integers(len(NASTY))]
+    name, setting = list(state)[rng.integers(len(state))], list(state["config"])[rng.integers(len(state["config"]))]
+    ways = {
+        f"{name} is missing": lambda: state.pop(name),
+        f"{setting} is missing": lambda: state["config"].pop(setting),
+    }
+    ways |= {f"{name} = {nasty!r:.30}": lambda: put(state, name, nasty)}
+    ways |= {f"{setting} = {nasty!r:.30}": lambda: put(state["config"], setting, nasty)}
+    for value in ("nan", "inf", "-inf"):
+        ways[f"{value} in {key}"] = lambda value=value: weight.view(-1)[:1].fill_(float(value))
+    for change in ("long", "bool", "cfloat", "to_sparse"):
+        ways[f"{change} {key}"] = lambda change=change: put(part, key, getattr(weight, change)())
+    ways |= {f"large {key}": lambda: put(part, key, torch.zeros(1).expand(10**5, 10**6))}
+    ways |= {f"empty {key}": lambda: put(part, key, weight[:0]), "integers": lambda: put(part, 7, part.pop(key))}
+    ways |= {f"shape of {which}": lambda: put(moment, which, torch.zeros(3, 5))}
+    ways |= {f"int {which}": lambda: put(moment, which, moment[which].long())}
+    ways |= {f"nan in {which}": lambda: moment[which].view(-1)[:1].fill_(float("nan"))}
+    ways |= {"negative moment": lambda: moment["exp_avg_sq"].view(-1)[:1].fill_(-1.0), "no moment": moment.clear}
+    ways |= {"lost moment": lambda: state["optimizer"]["state"].pop(1)}
+    ways |= {"no groups": lambda: state["optimizer"]["param_groups"].clear()}
+    way = list(ways)[rng.integers(len(ways))]
+    ways[way]()
+    return way
+
+
+def hash_of(file, key="model"):
+    return train_vae.fingerprint(torch.load(file, weights_only=True)[key])
+
+
+@pytest.mark.slow
+def test_attack_damaged_checkpoints(data):
+    """200: bits, cuts, swapped records, values; by sampling, resuming both trainers, --init, --vae and --ckpt."""
+    base, vae_base = f"--data {data} --steps", f"--data {data} --regularizer kl --steps"
+    train(f"{base} 2 --out run --cache c")
+    autoencode(f"{vae_base} 2 --out vae --cache c")
+
+    def attacked(route, file):
+        """The same command on a damaged copy -> a hash of its result"""
+        folder, beside = file.parent, file.parent / "out"
+        if route == "sample":
+            sampling(f"{file} --n 1 --steps 2 --out {beside}")
+            return str(np.asarray(Image.open(beside / "000000.png")).tolist())[:1000]
+        if route in ("diffusion", "autoencoder"):
+            (train if route == "diffusion" else autoencode)(
+                f"{base if route == 'diffusion' else vae_base} 3 --out {folder} --cache c"
+            )
+            return hash_of(folder / "checkpoint.pt")
+        if route == "init":
+            train(f"{base} 1 --out {beside} --init {file} --cache c")
+            return hash_of(beside / "checkpoint.pt")
+        train(f"{base} 1 --out {beside} --vae {file} --model dit-nano/1 --cache c")
+        return hash_of(beside / "checkpoint.pt")
+
+    routes = {"sample": "run", "diffusion": "run", "autoencoder": "vae", "init": "run", "vae": "vae"}
+    expected = {}
+    for route, run in routes.items():
+        file = Path(shutil.copytree(run, f"right-{route}")) / "checkpoint.pt"
+        kind, expected[route] = how_it_ends(functools.partial(attacked, route, file))
+        assert kind == "right", expected[route]
+
+    def cases(seed=12):
+        for number in range(200):
+            rng = np.random.default_rng([seed, number])
+            route = list(routes)[number % len(routes)]
+            file = Path(shutil.copytree(routes[route], f"case{number}")) / "checkpoint.pt"
+            if number % 3 == 0:
+                way, content = damaged_bytes(file.read_bytes(), rng)
+                file.write_bytes(content)
+            elif number % 10 == 1:
+                way = "swapped"
+                swapped_records(file, rng)
+            else:
+                state = torch.load(file, weights_only=True)
+                way = spoiled(state, rng)
+                torch.save(state, file)
+            yield f"{route} {way}", (str(file), file.parent.name), functools.partial(attacked, route, file)
+            shutil.rmtree(file.parent)
+
+    # what no file can show to be false: another eta that is a number, names of classes
+    attack_files(cases(), expected, may_differ=("swapped", "eta = ", "classes = []", "snr_scale = True"))
+
+
+@pytest.mark.slow
+def test_attack_damaged_caches(data, hub):
+    """80: headers and arrays of decoded pixels, which are made again, of latents, tokens and references."""
+    autoencode(f"--data {data} --regularizer kl --steps 1 --out vae --cache c")
+    looking(f"--encode {data} --ckpt vae --out moments")
+    aligned = f"--data {data} --steps 1 --repa repa --encoder {hub}:colours --repa-width 8 --block 2 --cache c"
+    train(f"{aligned} --cache-targets tokens --out a")
+    Path("pixels").mkdir()
+    images = Images(str(data), 16)
+    Pixels(images, "pixels", Processes("cpu"), 0)
+    Path("npz").mkdir()
+    sample.main(
+        sample.parse(f"--score {data} --save-reference npz/r.npz --features {hub}:colours --device cpu".split())
+    )
+
+    def attacked(kind, folder):
+        if kind == "pixels":
+            pixels = Pixels(images, folder, Processes("cpu"), 0)
+            return str([pixels.indices.tolist(), pixels.read(pixels.indices).sum().item()])
+        if kind == "npz":
+            made = sample.read_reference("--score", folder / "r.npz", {}, 8)
+            return str([made["mu"].tolist(), float(np.abs(made["sigma"]).sum()), made["features"].sum().item()])
+        if kind == "tokens":
+            train(f"{aligned} --cache-targets {folder} --out {folder}-run")
+            return hash_of(f"{folder}-run/checkpoint.pt")
+        train(f"--latents {folder} --steps 1 --model dit-nano/1 --out {folder}-run")
+        return hash_of(f"{folder}-run/checkpoint.pt")
+
+    kinds = ("pixels", "moments", "tokens", "npz")
+    expected = {}
+    for kind in kinds:
+        right = shutil.copytree(kind, f"right-{kind}")
+        end, expected[kind] = how_it_ends(functools.partial(attacked, kind, Path(right)))
+        assert end == "right", expected[kind]
+
+    def cases(seed=12):
+        for number in range(80):
+            rng, kind = np.random.default_rng([seed, number]), kinds[number % 4]
+            folder = Path(shutil.copytree(kind, f"case{number}"))
+            files = sorted(file for file in folder.rglob("*.*") if file.is_file())
+            file = files[rng.integers(len(files))]
+            content = file.read_bytes()
+            if file.suffix == ".json" and rng.integers(2) and isinstance(values := json.loads(content), dict):
+                place = values["images"] if rng.integers(2) else values
+                key = list(place)[rng.integers(len(place))]
+                nasty = [value for value in NASTY if not isinstance(value, torch.Tensor)]
+                place[key], way = nasty[rng.integers(len(nasty))], f"{key} lies"
+                file.write_text(json.dumps(values))
+            elif file.suffix == ".npy" and rng.integers(2):
+                array = np.load(file)
+                spoilt = [array.astype(np.float64), array[:-1], array[None], array.ravel(), np.asfortranarray(array)]
+                spoilt += [(array.astype(np.int64) + 99).astype(array.dtype), np.array([{}], object), array[:0]]
+                spoilt += [np.full_like(array, np.nan)] if array.dtype == np.float16 else []
+                change = rng.integers(len(spoilt))
+                way = f"array {change} {file.name}"
+                np.save(file, spoilt[change], allow_pickle=True)
+            else:
+                way, content = damaged_bytes(content[:128] if file.name == "values.npy" else content, rng)
+                file.write_bytes(content + file.read_bytes()[128:] * (file.name == "values.npy" and way == "bits"))
+            words = (str(folder), f"{folder.name}")
+            yield f"{kind} {file.name} {way}", words, functools.partial(attacked, kind, folder)
+            shutil.rmtree(folder)
+
+    attack_files(cases(), expected, may_differ=("names.json", "array 5 values.npy", "values.npy zeros"))
+
+
+@contextlib.contextmanager
+def bounded(seconds=30, gigabytes=1.0):
+    """Raises TimeoutError after so long; asserts that memory has not grown by more."""
+    before = peak_memory()
+    with within(seconds):
+        yield
+    assert peak_memory(begin=False) - before < gigabytes * 2**30, "took gigabytes"
+
+
+def peak_memory(begin=True):
+    """Bytes, of this process since it was last asked to begin."""
+    if begin:
+        Path("/proc/self/clear_refs").write_text("5")
+    return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def attack(cases, act, seconds=30):
+    """act(number, case) of such pairs; asserts that none broke, naming those that did by their numbers."""
+    broken, tried = {}, 0
+    for number, case in cases:
+        tried += 1
+        try:
+            with bounded(seconds):
+                act(number, case)
+        except (Exception, SystemExit) as error:
+            broken[number] = f"{type(error).__name__}: {error}"[:300]
+    print(f"{tried} tried, {len(broken)} broke")
+    assert tried and not broken, f"{len(broken)} of {tried}: " + "\n".join(f"{k}: {v}" for k, v in broken.items())
+
+
+def right_or_refused(act, *names):
+    """act()'s result, or None where it is refused in one line that names one of these."""
+    try:
+        return act()
+    except InputError as error:
+        text = str(error)
+    except SystemExit as error:
+        text = str(error)
+        assert text.startswith("dct.py: "), text
+    assert len(text.splitlines()) == 1 and any(name in text for name in names), text
+    return None
+
+
+def encoded(picture, kind, **options):
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+LIBTIFF = r"\w+(Decode|Lib|Strip|Directory|Tag\w*): |\w+: "  # which writes a line of its own
+
+
+def sound_pictures():
+    """{name with ending: bytes} of 16 x 16 pixels, in many modes of all formats."""
+    rgb = Image.fromarray(train_vae.to_uint8(photos(1, 16))[0].permute(1, 2, 0).numpy())
+    rgba, palette, exif = rgb.convert("RGBA"), rgb.quantize(16), Image.Exif()
+    rgba.putalpha(rgb.convert("L"))
+    exif[0x0112], exif[0x010E] = 6, "text"
+    deep = Image.fromarray((np.asarray(rgb.convert("L")).astype(np.uint16)) * 257)
+    part, modes = Image.fromarray(np.asarray(rgb.convert("L")).astype("f4") / 255), {}
+    for name, picture in {"rgb": rgb, "l": rgb.convert("L"), "cmyk": rgb.convert("CMYK")}.items():
+        modes[f"{name}.jpg"] = encoded(picture, "JPEG", exif=exif, quality=90)
+    modes["progressive.jpeg"] = encoded(rgb, "JPEG", progressive=True)
+    kinds = {"rgb": rgb, "rgba": rgba, "p": palette, "l": rgb.convert("L"), "deep": deep, "1": rgb.convert("1")}
+    modes |= {f"{name}.png": encoded(picture, "PNG") for name, picture in kinds.items()}
+    modes["clear.png"] = encoded(palette, "PNG", transparency=bytes(range(16)), exif=exif)
+    modes |= {"rgb.webp": encoded(rgb, "WEBP", exif=exif), "rgba.webp": encoded(rgba, "WEBP", lossless=True)}
+    modes |= {"rgb.bmp": encoded(rgb, "BMP"), "p.bmp": encoded(palette, "BMP"), "1.bmp": encoded(kinds["1"], "BMP")}
+    modes |= {"p.gif": encoded(palette, "GIF"), "clear.gif": encoded(palette, "GIF", transparency=3)}
+    modes["moving.gif"] = encoded(palette, "GIF", save_all=True, append_images=[palette.rotate(90)])
+    for name in ("raw", "tiff_lzw", "tiff_deflate", "jpeg", "packbits"):
+        modes[f"{name}.tif"] = encoded(rgb, "TIFF", compression=name)
+    for name, picture in {
+        "deep": deep,
+        "part": part,
+        "cmyk": rgb.convert("CMYK"),
+        "p": palette,
+        "1": kinds["1"],
+    }.items():
+        modes[f"{name}.tiff"] = encoded(picture, "TIFF")
+    return modes | {
+        "rgb.ppm": encoded(rgb, "PPM"),
+        "l.pgm": encoded(rgb.convert("L"), "PPM"),
+        "deep.pgm": encoded(deep, "PPM"),
+    }
+
+
+def announcing(name, content, size):
+    """A file whose header says that it is so large, where the place of that is known."""
+    content, at = bytearray(content), lambda form, place, *values: struct.pack_into(form, content, place, *values)
+    if name.endswith(".png"):
+        at(">II", 16, size, size)
+        at(">I", 29, zlib.crc32(content[12:29]))
+    elif name.endswith(".bmp"):
+        at("<ii", 18, min(size, 2**31 - 1), min(size, 2**31 - 1))
+    elif name.endswith(".gif"):
+        at("<HH", 6, min(size, 65535), min(size, 65535))
+    elif name.endswith((".jpg", ".jpeg")):
+        place = next(content.find(bytes((255, kind, 0))) for kind in (0xC0, 0xC2) if bytes((255, kind, 0)) in content)
+        at(">HH", place + 5, min(size, 65535), min(size, 65535))
+    elif name.endswith((".ppm", ".pgm")):
+        return bytes(content).replace(b"16 16", b"%d %d" % (size, size), 1)
+    elif name.endswith(".webp") and content[12:16] == b"VP8X":
+        content[24:30] = b"\xff" * 6
+    elif name.endswith((".tif", ".tiff")):
+        first = struct.unpack_from("<I", content, 4)[0]
+        for entry in range(first + 2, first + 26, 12):
+            if struct.unpack_from("<H", content, entry)[0] in (256, 257):
+                at("<HII", entry + 2, 4, 1, size)
+    return bytes(content)
+
+
+def damaged_picture(rng, name, content, sound):
+    """One way of many -> name, bytes"""
+    way, data = rng.integers(9), bytearray(content)
+    if way == 0:
+        for _ in range(rng.integers(1, 20)):
+            data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+    elif way == 1:
+        del data[rng.integers(len(data)) :]
+    elif way == 2:  # in the header, palette or EXIF
+        for _ in range(rng.integers(1, 6)):
+            data[rng.integers(min(200, len(data)))] = rng.choice([0, 255, 127, 128, rng.integers(256)])
+    elif way == 3:
+        start = rng.integers(len(data))
+        data[start : start + rng.integers(1, 400)] = bytes(len(data[start : start + rng.integers(1, 400)]))
+    elif way in (4, 5):
+        data = announcing(name, content, int(rng.choice([0, 10**9, 2**31 - 1, 60_000, 1_000])))
+    elif way == 6:
+        name = f"{Path(name).stem}{rng.choice(sorted(train_vae.EXTENSIONS))}"
+    elif way == 7:  # the head of one, the tail of another
+        other = sound[rng.choice(sorted(sound))]
+        data = content[: rng.integers(8, len(content))] + other[rng.integers(len(other)) :]
+    return name, bytes(data)
+
+
+@pytest.mark.slow
+def test_mutated_images_are_read_as_pillow_reads_them_or_named(capfd):
+    rng, sound, cases, seed = np.random.default_rng(12), sound_pictures(), {}, 12
+    for number in range(200):
+        name = sorted(sound)[number % len(sound)]
+        name, content = damaged_picture(rng, name, sound[name], sound)
+        cases[number] = f"{number:03d}-{name}", content
+    Path("some").mkdir()
+    with zipfile.ZipFile("some.zip", "w") as archive:
+        for name, content in cases.values():
+            Path("some", name).write_bytes(content)
+            archive.writestr(name, content)
+    both = [Images(spec, 16) for spec in ("some", "some.zip")]
+    assert all(len(images) == 200 for images in both)
+    capfd.readouterr()
+    read = {}
+
+    def pillow(content):
+        with warnings.catch_warnings(), Image.open(io.BytesIO(content)) as image:
+            warnings.simplefilter("ignore")
+            image.load()
+        return image
+
+    def reads(number, case):
+        name, content = case
+        pair = []
+        for images in both:
+            pair.append(images.read(images.names.index(name)))
+            err = [line for line in capfd.readouterr().err.splitlines() if not re.match(LIBTIFF, line)]
+            assert len(err) == (pair[-1] is None) and all(f"{images.spec}/{name}" in line for line in err), err
+            assert not any("_io." in line or "object at" in line for line in err), err
+        assert (pair[0] is None) == (pair[1] is None)
+        try:
+            image = pillow(content)
+        except Exception:
+            image = None
+        capfd.readouterr()
+        read[name] = image
+        assert pair[0] is None or image is not None, "read what Pillow does not"
+        if pair[0] is None:
+            assert image is None or image.mode[0] in "IF", f"Pillow reads it, {image}"
+            return
+        assert pair[0].shape == (3, 16, 16) and torch.equal(*pair)
+        plain = image.mode in ("RGB", "L", "CMYK") and not image.has_transparency_data
+        if plain and image.size == (16, 16) and image.getexif().get(0x0112, 1) == 1:
+            assert (pair[0].permute(1, 2, 0).numpy() == np.asarray(image.convert("RGB"))).all()
+
+    def enlarges(number, source):
+        with contextlib.suppress(SystemExit):
+            dct.main(dct.make_parser().parse_args(["upsample", source, f"{source}-x2"]))
+        err = [line for line in capfd.readouterr().err.splitlines() if line.strip() and "img" not in line]
+        for name, image in read.items():
+            output, named = Path(f"{source}-x2", name).with_suffix(".png"), [line for line in err if name in line]
+            assert output.exists() != bool(named) and len(named) <= 1, (name, named)
+            assert not output.exists() or image is not None, name
+        assert all(any(name in line for name in read) and "object at" not in line for line in err), err[:5]
+
+    def warns_of_nothing(number, code):  # outside of pytest, which takes warnings
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | paths)
+        said = [line for line in result.stderr.splitlines() if line.strip() and not re.match(LIBTIFF, line)]
+        said = [line for line in said if not re.search(r"^skipped: |^skipped, unreadable: some/|\d img| img/s", line)]
+        assert result.returncode == 0 and not said, said[:5]
+
+    paths = {"PYTHONPATH": str(HERE)}
+    programs = ["from train_vae import Images; images = Images('some', 16); [images.read(i) for i in range(200)]"]
+    programs += ["import dct; dct.main(dct.make_parser().parse_args(['upsample', 'some', 'again']))"]
+    broken = []
+    for act, some in (
+        (warns_of_nothing, dict(enumerate(programs))),
+        (reads, cases),
+        (enlarges, {"folder": "some", "zip": "some.zip"}),
+    ):
+        try:
+            attack(some.items(), act)
+        except AssertionError as error:
+            broken.append(str(error))
+    assert not broken, f"seed {seed}: " + "\n".join(broken)
+
+
+def evil_labels(names):
+    """{what: the content of a dataset.json}"""
+    say = lambda labels: json.dumps({"labels": labels}).encode()
+    all_of = lambda label: say([[name, label] for name in names])
+    one_of = lambda label: say([[name, label if i == 3 else i % 2] for i, name in enumerate(names)])
+    evil = {
+        "deep": b"[" * 100_000,
+        "deep object": b'{"labels":' * 50_000,
+        "bytes": b"\xff\xfe\xfd\x00\x01",
+        "empty": b"",
+    }
+    evil |= {"half": all_of(1)[:40], "long number": b'{"labels": [["a", ' + b"9" * 5000 + b"]]}", "list": b"[1, 2]"}
+    values = {"nan": math.nan, "inf": math.inf, "1e9": 10**9, "1e9.0": 1e9, "minus": -1, "true": True, "text": "1"}
+    values |= {"huge": 10**30, "1e300": 1e300, "half": 0.5, "list": [1], "null": None, "object": {}, "65536": 2**16}
+    for kind, make in (("all", all_of), ("one", one_of)):
+        evil |= {f"{kind} {what}": make(value) for what, value in values.items()}
+    pairs = [[name, i % 2] for i, name in enumerate(names)]
+    evil |= {
+        "twice": say([*pairs, [names[0], 1]]),
+        "short": say(pairs[:-1]),
+        "triples": say([[*pair, 0] for pair in pairs]),
+    }
+    return evil | {"strings": say(["ab"] * 6), "number": say(7), "ones": say([[name] for name in names])}
+
+
+def evil_archives(rng):
+    """{what: (bytes of a .zip, {name: pixels} of what went in)}"""
+    pictures = {f"{'ab'[i % 2]}/{i}.png": train_vae.to_uint8(x) for i, x in enumerate(photos(6, 16))}
+    files = {name: encoded(Image.fromarray(x.permute(1, 2, 0).numpy()), "PNG") for name, x in pictures.items()}
+    good = json.dumps({"labels": [[name, i % 3] for i, name in enumerate(files)]}).encode()
+    evil = {}
+
+    def packed(content, method=zipfile.ZIP_DEFLATED):
+        file = io.BytesIO()
+        with warnings.catch_warnings(), zipfile.ZipFile(file, "w", method) as archive:
+            warnings.simplefilter("ignore")  # of duplicate names
+            for name, data in content:
+                archive.writestr(name, data)
+        return file.getvalue()
+
+    plain = packed([*files.items(), ("dataset.json", good)], zipfile.ZIP_STORED)
+    for what, content in evil_labels(list(files)).items():
+        evil[f"dataset.json {what}"] = packed([*files.items(), ("dataset.json", content)])
+    for number in range(8):
+        data = bytearray(plain)
+        for _ in range(rng.integers(1, 30)):
+            data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        evil[f"flipped {number}"] = bytes(data)
+    directory = plain.rfind(b"PK\x01\x02")
+    directory = plain.find(b"PK\x01\x02")
+    for number in range(8):
+        data = bytearray(plain)
+        for _ in range(rng.integers(1, 4)):
+            data[rng.integers(directory, len(data))] = rng.integers(256)
+        evil[f"directory {number}"] = bytes(data)
+    for share in (0.0, 0.3, 0.9, 0.99):
+        evil[f"cut off {share}"] = plain[: max(30, int(share * len(plain)))]
+    entry = directory + 8
+    encrypted, unknown = bytearray(plain), bytearray(plain)
+    while (entry := plain.find(b"PK\x01\x02", entry - 8)) >= 0:
+        encrypted[entry + 8] |= 1
+        unknown[entry + 10] = 99
+        entry += 46 + 8
+    evil |= {"encrypted": bytes(encrypted), "unknown compression": bytes(unknown)}
+    entry = plain.rfind(b"PK\x01\x02")  # of dataset.json
+    for what, place, value in (("flag utf-8", 8, 0x800), ("encrypted json", 8, 1)):
+        data = bytearray(plain)
+        struct.pack_into("<H", data, entry + place, value)
+        data[entry + 46 : entry + 48] = b"\xff\xfe" if what == "flag utf-8" else data[entry + 46 : entry + 48]
+        evil[what] = bytes(data)
+    data = bytearray(plain)
+    data[entry + 16] ^= 1
+    evil["CRC of json"] = bytes(data)
+    data = bytearray(plain)
+    struct.pack_into("<II", data, directory + 20, 2**31, 2**31)
+    evil["absurd size"] = bytes(data)
+    many = [*files.items(), ("z.png", bytes(700 * 2**20))]
+    evil |= {
+        "bomb": packed(many),
+        "nothing": packed([]),
+        "nested": packed([("in.zip", plain)]),
+        "zip as png": packed([("x.png", plain)]),
+    }
+    evil["names"] = packed(
+        [*files.items(), ("../up.png", b"x"), ("/root.png", files["a/0.png"]), ("a/\n.png", b"x"), ("a//b.png", b"")]
+    )
+    evil["folder"] = packed([*files.items(), ("a/x.png/", b""), ("a/x.png/y.png", files["a/0.png"])])
+    evil["twice"] = packed([*files.items(), ("a/0.png", files["b/1.png"])])
+    return evil, pictures
+
+
+@pytest.mark.slow
+def test_damaged_archives_and_labels_are_read_right_or_refused_in_a_line(capfd):
+    seed = 13
+    cases, pictures = evil_archives(np.random.default_rng(seed))
+    assert len(cases) >= 60
+    for number, (_, content) in enumerate(cases.items()):
+        Path(f"{number}.zip").write_bytes(content)
+
+    def act(what, content):
+        spec = f"{list(cases).index(what)}.zip"
+        capfd.readouterr()
+        images = right_or_refused(lambda: Images(spec, 16, "--score"), f"--score {spec}: ")
+        for i in range(len(images or ())):
+            x, err = images.read(i), capfd.readouterr().err.splitlines()
+            assert len(err) == (x is None) and all(spec in line and "object at" not in line for line in err), err
+            expected = pictures.get(images.names[i]) if what != "twice" else None
+            assert x is None or expected is None or torch.equal(x, expected), images.names[i]
+        if images:
+            images.identity(), images.cache_name()
+            assert images.labels is None or len(images.labels) == len(images)
+            assert images.labels is None or 0 <= min(images.labels) <= max(images.labels) < len(images.classes) <= 2**16
+        elif what.startswith("cut off"):
+            with pytest.raises(InputError, match="cut-off"):
+                Images(spec, 16)
+        right_or_refused(lambda: dct.main(dct.make_parser().parse_args(["upsample", spec, f"out{spec}"])), spec)
+        capfd.readouterr()
+
+    try:
+        attack(cases.items(), act)
+    except AssertionError as error:
+        raise AssertionError(f"seed {seed}: {error}") from None
+
+
+NASTY_WORDS = [
+    "nan",
+    "inf",
+    "-inf",
+    "-1",
+    "0",
+    "1e400",
+    "9" * 20,
+    "9" * 5000,
+    "99999999999",
+    "²",
+    "1_000",
+    " 5",
+    "٣",
+    "",
+]
+NASTY_WORDS += [
+    "~",
+    "~/x",
+    "a" * 300,
+    "note.txt/x",
+    "x\0y",
+    "nowhere",
+    "a\nb",
+    "\udcff",
+    "0x10",
+    "1e-400",
+    "-0",
+    "[]",
+    "=",
+]
+NASTY_WORDS += [".", "/", "1e9", "2e38", "0.5", "1", "🙂", "note.txt", "-1e300", "9" * 12, "4294967296", f"{2**64}"]
+
+
+@pytest.mark.slow
+def test_nasty_command_lines_end_in_a_line_or_give_sound_values(monkeypatch, trained, data, capfd):
+    seed, parsers = 14, {}
+    rng, complete = np.random.default_rng(seed), train_vae.Parser.complete
+    monkeypatch.setattr(
+        train_vae.Parser, "complete", lambda self, *rest: parsers.update(last=self) or complete(self, *rest)
+    )
+    Path("note.txt").write_text("hello")
+    Path("nowhere").symlink_to("no/such/place")
+    cases = {}
+    for number in range(150):
+        program = (train_diffusion, train_vae, sample)[number % 3]
+        program.parse([])
+        actions = [a for a in parsers["last"]._actions if a.option_strings and a.dest != "help"]
+        words = []
+        for action in rng.choice(actions, rng.integers(1, 4), replace=False):
+            words.append(action.option_strings[-1])
+            count = {None: 1, "+": rng.integers(1, 4), 0: 0}.get(action.nargs, action.nargs)
+            words += rng.choice(NASTY_WORDS, count).tolist()
+        cases[number] = program, words
+
+    def act(number, case):
+        program, words = case
+        capfd.readouterr()
+        try:
+            args = program.parse(words)
+        except InputError as error:  # `run_program` prints it
+            assert len(str(error)) < 2000
+            return
+        for name, value in vars(args).items():
+            for one in value if isinstance(value, list) else [value]:
+                if type(one) in (int, float):
+                    assert one == math.inf and name == "repa_sigmas" or abs(one) < 1e12 or "seed" in name, (name, one)
+                assert not isinstance(one, str) or ("\0" not in one), (name, one)
+        low, high = getattr(args, "guidance_interval", (0, 1))
+        assert 0 <= low < high <= 1 and getattr(args, "t_logit_normal", (0, 1))[1] > 0
+        assert not any(
+            str(getattr(args, name, "")).startswith(("~", "note.txt/", "nowhere")) for name in ("out", "npz")
+        )
+
+    try:
+        attack(cases.items(), act)
+    except AssertionError as error:
+        raise AssertionError(
+            f"seed {seed}: {error}\n" + "\n".join(f"{k}: {w[:9]}" for k, (_, w) in cases.items())
+        ) from None
+    # the real thing: one line and an exit status that says so, or 0
+    lines = {}
+    for value in ("note.txt/x", "a\nb/note.txt", "\udcff"):
+        lines[f"data {value}"] = f"train_diffusion.py {TINY} --steps 1 --out run --data".split() + [value]
+        lines[f"score {value}"] = f"sample.py {trained} --features hog --device cpu --score".split() + [value]
+        lines[f"upsample {value}"] = ["dct.py", "upsample", value, "out.png"]
+    lines["out \udcff"] = f"train_diffusion.py {TINY} --data {data} --steps 1 --out".split() + ["\udcff"]
+    lines["block ²"] = ["dct.py", "upsample", str(data / "left/000.png"), "out.png", "--block", "²"]
+
+    def runs(number, words):
+        program, *flags = words
+        environment, words = os.environ | {"CUDA_VISIBLE_DEVICES": ""}, [sys.executable, HERE / program, *flags]
+        result = subprocess.run(words, capture_output=True, env=environment, errors="replace")
+        assert result.returncode in (0, 2, 1 if program == "dct.py" else 2), result.stderr[-400:]
+        assert len(result.stderr.splitlines()) == (result.returncode > 0), result.stderr[-400:]
+
+    attack(lines.items(), runs)
+
+
+SMALL_VAE = "--size 16 --preset tiny --batch 4 --regularizer kl --workers 0 --device cpu --lr-decay none --log-every 1 "
+SMALL_VAE += f"--save-every 1000 --eval-images 12 --cache {CACHE}"
+
+
+@pytest.mark.slow
+def test_other_process_counts_and_workers_continue_the_same_run(data):
+    for program in (f"train_diffusion.py {TINY}", f"train_vae.py {SMALL_VAE}"):
+        program += f" --data {data} --batch 12 --lr 1e-4"
+        for run in ("whole", "parts"):
+            shutil.rmtree(run, ignore_errors=True)
+        completed(f"{program} --steps 9 --out whole")
+        for steps, world, workers in ((3, 2, 1), (6, 3, 0), (9, 1, 2)):
+            completed(f"{program} --steps {steps} --out parts --workers {workers}", world)
+        same_runs("whole", "parts", 2e-4)
+        assert [line["step"] for line in metrics("parts")] == list(range(1, 10))
+        # with the same number of processes, bit for bit
+        shutil.rmtree("parts")
+        for steps, workers in ((4, 1), (9, 0)):
+            completed(f"{program} --steps {steps} --out parts --workers {workers}", 1)
+        same_runs("whole", "parts")
+
+
+@pytest.mark.slow
+def test_signals_at_random_moments_end_in_one_line_and_the_same_command_goes_on(data, autoencoders):
+    rng = np.random.default_rng(12)
+    write_photos("many", 80)
+    train(f"--data {data} --out run --steps 2")
+    cases = {"train": f"train_diffusion.py {TINY} --data {data} --steps 20 --eval-every 7"}
+    cases["vae"] = f"train_vae.py {SMALL_VAE} --data {data} --steps 12 --eval-every 5"
+    cases["sample"] = "sample.py run --device cpu -n 24 --batch 4 --steps 8"
+    cases["encode"] = f"train_vae.py --encode many --ckpt {autoencoders}/kl --batch 2 --device cpu --workers 1"
+    for name, world in itertools.product(cases, (1, 2)):
+        completed(f"{cases[name]} --out whole-{name}{world}", world)
+    done = {"train": lambda out: (out / "metrics.jsonl").exists() and len(metrics(out))}
+    done |= {"vae": done["train"], "sample": lambda out: len(list(out.glob("*.png")))}
+    done["encode"] = lambda out: np.load(out / "done.npy").sum() if (out / "header.json").exists() else 0
+    amounts, stopped = {"train": 20, "vae": 12, "sample": 24, "encode": 80}, 0
+    for case in range(20):
+        name, world = list(cases)[case % 4], 1 + case // 4 % 2
+        number, amount = rng.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP]), int(rng.integers(amounts[name]))
+        say, out = f"seed 12, case {case}: {name}, {world} processes, {number!r} after {amount}", f"{name}-{case}"
+        line = f"{cases[name]} --out {out}"
+        started = launch(line, world)
+        until(lambda name=name, out=Path(out), amount=amount: done[name](out) >= amount)
+        time.sleep(rng.uniform(0, 0.1))
+        # one process alone may be told, as where one of several machines is taken away: the others learn of it
+        told = started[rng.integers(world) :][:1] if name in ("train", "vae") else started
+        for process in told:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, number)
+        ends = finish(started, 30)  # when torchrun kills; 1 to 4 s on a free machine
+        codes, lines = {code for code, *_ in ends}, [text for *_, err in ends for text in err.splitlines()]
+        if not re.search("done at|patch artefacts|  diffuse", "".join(out for _, out, _ in ends)):  # it came in time
+            stopped += 1
+            named = f"^stopped.* by {signal.Signals(number).name}: the same command goes on$"
+            assert len(lines) == 1 and re.search(named, lines[0]), (say, ends)
+            assert 128 + number in codes and codes <= {0, 128 + number}, (say, ends)  # 0: its share was done
+        completed(line, world)
+        if name in ("train", "vae"):
+            same_runs(f"whole-{name}{world}", out)
+        elif name == "sample":
+            assert_same_images(f"whole-{name}{world}", out, 24, tolerance=0)
+        else:
+            for array in ("values", "done"):
+                assert np.array_equal(*(np.load(f"{folder}/{array}.npy") for folder in (f"whole-{name}{world}", out)))
+    assert stopped > 10
+
+
+def children(pid):
+    """The processes that one has started."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if file.read_text().rpartition(") ")[2].split()[1] == str(pid):
+                found.append(int(file.parent.name))
+    return sorted(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program, agents", [("train_diffusion", 1), ("train_diffusion", 2), ("train_vae", 1)])
+def test_torchrun_restarts_by_itself_after_kills_of_a_process(program, agents, data):
+    """Ten kills, of two agents four: at random moments, while processes start and evaluate too."""
+    rng, kills = np.random.default_rng(agents), 10 if agents == 1 else 4
+    flags = {"train_diffusion": TINY, "train_vae": SMALL_VAE}[program] + f" --data {data}"
+    flags += " --steps 100000 --save-every 5 --eval-every 20 --out run"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = f"--rdzv-backend=c10d --rdzv-endpoint=localhost:{port} --nnodes={agents} --nproc_per_node={3 - agents}"
+    words = f"-m torch.distributed.run {meeting} --max-restarts={kills} {HERE}/{program}.py {flags}".split()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    log = Path("metrics").with_suffix(".log").open("w")
+    options = dict(env=environment, stdout=log, stderr=log, start_new_session=True)
+    torchruns = [subprocess.Popen([sys.executable, *words], **options) for _ in range(agents)]
+    processes, saved = lambda: [pid for run in torchruns for pid in children(run.pid)], Path("run/checkpoint.pt")
+    try:
+        before = 0
+        for case in range(kills):
+            say = f"seed {agents}, kill {case}, after step {before}"
+            if case % 3:  # a restart that comes as far as the next checkpoint
+                until(lambda before=before: saved.exists() and checkpoint("run")["step"] > before, 90)
+                before = checkpoint("run")["step"]
+            time.sleep(rng.uniform(0, 3))
+            until(lambda: len(processes()) == 2, 90)
+            os.kill(processes()[rng.integers(2)], signal.SIGKILL)
+            assert all(run.poll() is None for run in torchruns), say
+        until(lambda: checkpoint("run")["step"] > before, 120)
+    finally:
+        for run in torchruns:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGTERM)
+        for run in torchruns:
+            run.wait(60)
+        for run in torchruns:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
+    steps = [line["step"] for line in metrics("run")]
+    assert steps == list(range(1, len(steps) + 1))
+    assert not processes()
+
+
+@pytest.mark.slow
+def test_a_lost_process_is_noticed_in_one_line_and_the_same_command_goes_on(data, autoencoders):
+    rng = np.random.default_rng(17)
+    train(f"--data {data} --out run --steps 2")
+    write_photos("many", 150)
+    cases = {"train": f"train_diffusion.py {TINY} --data {data} --steps 100000 --save-every 3 --out train"}
+    cases |= {"vae": f"train_vae.py {SMALL_VAE} --data {data} --steps 100000 --save-every 3 --out vae"}
+    cases |= {"encode": f"train_vae.py --encode many --ckpt {autoencoders}/kl --batch 1 --device cpu --out encode"}
+    cases |= {"sample": "sample.py run --device cpu -n 40 --batch 4 --steps 100 --out sample"}
+    for case, lost in itertools.product(cases, (0, 1)):
+        say, line = f"{case}, rank {lost}", f"{cases[case]}{lost}"
+        out = Path(line.split()[-1])
+        begun = {"encode": lambda out=out: (out / "header.json").exists() and 3 < np.load(out / "done.npy").sum()}
+        begun["sample"] = lambda out=out: len(list(out.glob("*.png"))) > 4
+        started = launch(line, 2)
+        until(begun.get(case, (out / "checkpoint.pt").exists))
+        time.sleep(rng.uniform(0, 0.3))
+        started[lost].kill()
+        ends = finish(started, 60)
+        assert ends[lost][0] == -signal.SIGKILL, say
+        code, _, err = ends[1 - lost]
+        if case == "sample" and lost == 0:  # the others make their share
+            assert (code, err) == (0, ""), say
+        else:
+            one_error(ends[1 - lost], "process", "ended", "the same command")
+        if case in ("train", "vae"):
+            step = checkpoint(out)["step"] + 2
+            for run in (out, f"whole-{out}") if lost else ():
+                completed(f"{line.partition(' --steps')[0]} --steps {step} --save-every 3 --out {run}", 2)
+                same_runs(out, run)
+        else:
+            completed(line, 1 + lost)
+            assert case == "encode" or len(list(out.glob("*.png"))) == 40
+    for array in ("values", "done"):
+        assert np.array_equal(*(np.load(f"encode{lost}/{array}.npy") for lost in (0, 1)))
+    assert_same_images("sample0", "sample1", 40)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_dct_py_without_a_traceback_and_the_same_command_goes_on():
+    write_photos("many", 2000)
+    command = [sys.executable, Path(dct.__file__), "upsample", "many", "large"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(Path("large").glob("*.png")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert "Traceback" not in process.communicate(timeout=30)[1] and process.returncode == -signal.SIGINT
+    assert len(list(Path("large").glob("*.png"))) < 2000
+    subprocess.run(command, check=True, capture_output=True)
+    assert len([file for file in Path("large").glob("*.png") if Image.open(file).size == (32, 32)]) == 2000
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_of_torchrun_stops_all(tmp_path):
+    write_photos("photos", 60)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [train_diffusion.__file__, *shlex.split(f"{TINY} --data photos --steps 100000 --out run")]
+    with open("log", "wb") as log:
+        agent = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while agent.poll() is None and "step 3/" not in Path("log").read_text():
+        time.sleep(0.05)
+    (children,) = Path(f"/proc/{agent.pid}/task").glob(f"{agent.pid}/children")
+    (second,) = (p for p in children.read_text().split() if b"\0RANK=1\0" in Path(f"/proc/{p}/environ").read_bytes())
+    os.kill(int(second), signal.SIGTERM)
+    agent.wait(60)
+    stops = re.findall("stopped at step ([0-9]+) by SIGTERM", text := Path("log").read_text())
+    assert len(stops) == 1 and "KeyError" not in text and checkpoint("run")["step"] == int(stops[0]), text[-3000:]
 
 
 # ---- components on a GPU: python -m pytest test_all.py -m cuda -s -----------------------------------------
@@ -3648,6 +5477,24 @@ def test_trainers_on_cuda(program, compiling):
     figures = [text for text in out if text.startswith(("step  ", "training  ", "arithmetic", "peak memory"))]
     print(f"\n{line}", *figures, f"share of peak in training {metrics('one')[-1].get('share_of_peak')}", sep="\n")
     assert len(figures) == 4
+
+
+@on_cuda
+@pytest.mark.parametrize("program", ["train_diffusion.py --model dit-nano", "train_vae.py --regularizer kl"])
+def test_a_run_goes_on_on_another_device(program):
+    line = f"{program} --data {write_photos('data', 24, 32)} --size 32 --batch 8 --workers 0 --amp off --log-every 1"
+    line += " --lr 1e-4 --lr-decay none --eval-every 1000"
+    for run, parts in {"whole": [(9, "cpu")], "parts": [(3, "cpu"), (6, "cuda"), (9, "cpu")]}.items():
+        for steps, device in parts:
+            command(f"{line} --steps {steps} --device {device} --out {run}", gpu=True)
+    losses = [[entry["loss"] for entry in metrics(run)] for run in ("whole", "parts")]
+    # noise is drawn on the device: where that changes, it is other noise of the same distribution
+    np.testing.assert_allclose(losses[0][:3], losses[1][:3], rtol=1e-5)
+    assert (
+        np.isfinite(losses[1]).all()
+        and len(losses[1]) == 9
+        and checkpoint("parts")["optimizer"]["state"][0]["step"] == 9
+    )
 
 
 @on_cuda

@@ -37,21 +37,13 @@ from dit import read_published as read_dit
 from repa import DOG_SIGMAS, PATCH_ENCODER_SIZE, Aligned, alignment_loss, as_map, frechet_distance, lds
 from repa import make_projector, make_target, principal_colours, resize_tokens
 from spectral_losses import band_error, directional_energy, rmsc
-from train_vae import CHECKPOINT, NOISE, POSTERIOR, TIMES
-from train_vae import Features, Images, InputError, Parser, Pixels, Processes, Records, Run, add_training_flags
-from train_vae import at_least, autocast, count_flops, flag_name, fraction, generator, image_noise, initialize
-from train_vae import (
-    latent_statistics,
-    load_autoencoder,
-    load_plain,
-    mirrored,
-    norm_text,
-    open_encoder,
-    progress,
-    quoted,
-)
-from train_vae import read_checkpoint, run_program, save_grid, seems, short_name, spread, state_dicts, to_uint8
-from train_vae import update_ema, write_atomically
+from train_vae import CHECKPOINT, HELD, NETWORKS, NOISE, POSTERIOR, SIDE, TIMES
+from train_vae import Features, Images, InputError, Parser, Pixels, Processes, Records, Run
+from train_vae import add_training_flags, at_least, autocast, check_form, check_norm, count_flops, each, flag_name
+from train_vae import fraction, generator, holding, image_noise, initialize, latent_statistics, load_autoencoder
+from train_vae import load_plain, maybe, mirrored, norm_text, one_of, open_encoder, progress, quoted, read_checkpoint
+from train_vae import real, run_program, save_grid, seems, short_name, spread, state_dicts, string, to_uint8
+from train_vae import update_ema, whole, write_atomically
 from uvit import UVIT_SIZES, UViT
 from uvit import read_published as read_uvit
 from vae import latent_norm, sample_posterior
@@ -294,7 +286,7 @@ def parse_model(name):
     base, slash, patch = name.lower().partition("/")
     kind, _, size = base.partition("-")
     network, sizes = {"uvit": (UViT, UVIT_SIZES), "dit": (DiT, DIT_SIZES)}.get(kind, (None, {}))
-    if size not in sizes or (slash and not (patch.isdigit() and int(patch) > 0)):
+    if size not in sizes or (slash and not (patch.isdecimal() and 0 < int(patch[:6]) <= SIDE)):
         names = ", ".join([f"uvit-{s}" for s in UVIT_SIZES] + [f"dit-{s}" for s in DIT_SIZES])
         text = f"it takes {names}, with /PATCH in pixel and latent space (dit-b/2)"
         raise InputError(f"--model {name}: unknown; {text}; a SiT is a dit on --path flow")
@@ -670,6 +662,37 @@ def compare_targets(args):
     print(f"picture {file}: images, and a row a target, in its first three principal components")
 
 
+# ---- checkpoints ------------------------------------------------------------------------------------------
+
+# Forms of a config, see `check_form`.
+CONFIG = {"size": whole(1, SIDE), "model": string, "path": one_of(*PATHS), "snr_scale": real(1e-30)}
+CONFIG |= {
+    "predict": one_of(*PREDICTIONS),
+    "classes": maybe(each(string)),
+    "label_dropout": real(0, math.nextafter(1.0, 0)),
+}
+SWITCHES = {f"{name}?": one_of(False, True) for name in ("conv", "mlp_time_embed", "qkv_bias")}
+CONFIG |= {"network?": holding(SWITCHES | {"mlp_ratio?": real(0.01, 64)})}
+BLOCK = {"block": whole(1, 256), "keep": whole(1), "eta": real(1e-30)}
+BLOCK |= {"entropies": each(each(real(), range(1, 2**16 + 1)), (3,))}
+LATENT_SHAPE = {"latent_shape": each(whole(1, SIDE), (3,)), "autoencoder": string}
+SPACES = {"pixel": {}, "dct": BLOCK, "latent": LATENT_SHAPE}
+
+
+def stored_network(config):
+    """The network of a checkpoint's config (see `Diffusion`). Raises ValueError or InputError where that is false."""
+    check_form(config, {"space": one_of(*SPACES)})
+    check_form(config, CONFIG | SPACES[config["space"]])
+    if config["space"] == "dct":
+        check_form(config, {"entropies": each(lambda row: len(row) == config["block"] ** 2)})
+    if config["space"] == "latent":
+        check_norm(config, config["latent_shape"][0])
+    return build_network(config)
+
+
+NETWORKS["diffusion"] = stored_network
+
+
 # ---- published networks -----------------------------------------------------------------------------------
 
 SD_SCALE = 0.18215  # of SD-VAE latents, in every published latent model
@@ -893,7 +916,7 @@ def train(args):
     latents = Records(args.latents, "moments") if args.latents else None
     if args.space == "latent":
         vae, config, origin = open_vae(args.vae, run, latents, args.size, device, args.latent_norm)
-    if run.step >= run.steps:
+    if run.finished:
         return processes.print(what_next(args.out, run.step, args.data, again=True))
 
     # ---- data
@@ -954,9 +977,8 @@ def train(args):
                 with log.timer("forward"):
                     given = (x0, eps[part], t[part], None if y is None else y[part], drop[part], weights, tokens)
                     loss, alignment = diffusion_loss(diffusion, wrapped, *given)
-                    total = loss.mean() + (args.repa_weight * alignment.mean() if targets else 0)
                 with log.timer("backward"):
-                    run.backward(total)
+                    run.backward(loss.mean() + (args.repa_weight * alignment.mean() if targets else 0))
             log.add("loss", loss)
             log.add("loss_by_quarter_of_t", loss, (t[part] * 4).long().clamp_max(3), bins=4)
             if targets:
@@ -1080,11 +1102,11 @@ def number_or_auto(text):
 
 def parse(argv=None):
     parser = Parser(__doc__)
-    switch, count = argparse.BooleanOptionalAction, at_least(1)
+    switch, count, finite = argparse.BooleanOptionalAction, at_least(1), at_least(-100, float, 100)
     add = parser.add_argument_group("data").add_argument
     add("--data", metavar="SPEC", help="folder, .zip, cifar10, dead-leaves or dead-leaves:full")
     add("--val", metavar="SPEC", help="images held out: evaluations, val_loss and best.pt are of them (default: none)")
-    add("--size", type=count, metavar="PIXELS", help="images are cropped and resized to this")
+    add("--size", type=at_least(1, most=SIDE), metavar="PIXELS", help="images are cropped and resized to this")
     add("--out", metavar="RUN", help="run folder")
     add("--space", choices=("dct", "pixel", "latent"), help="what is diffused")
     add("--latents", metavar="FOLDER", help="of train_vae.py --encode, whose header says what else is needed")
@@ -1098,10 +1120,10 @@ def parse(argv=None):
     add("--path", choices=tuple(PATHS), help="noise path; vp-sd is vp with Stable Diffusion's schedule")
     add("--predict", choices=PREDICTIONS, help="what the network predicts")
     add("--t-sampling", choices=("uniform", "logit-normal"), help="distribution of t")
-    add("--t-logit-normal", type=float, nargs=2, default=[0.5, 1.0], metavar=("MEAN", "STD"), help="of logit t")
+    add("--t-logit-normal", type=finite, nargs=2, default=[0.5, 1.0], metavar=("MEAN", "STD"), help="of logit t")
     scaling = "SNR scaling: in DCT space B^2 on flow and by size on vp, elsewhere 1"
     add("--snr-scale", type=at_least(1e-9, float), metavar="C", help=scaling)
-    add("--block", type=count, metavar="B", help="DCT block size")
+    add("--block", type=at_least(1, most=256), metavar="B", help="DCT block size")
     fewest = "coefficients kept per block; auto: the fewest whose truncation costs less than --keep-threshold"
     add("--keep", type=number_or_auto, metavar="K", help=fewest)
     distance = "Frechet distance in --features (default: inception's 0.5, as in the paper; others have other scales)"
@@ -1122,13 +1144,14 @@ def parse(argv=None):
     add("--repa-stop", type=count, metavar="STEP", help="align no longer from this step on (default: never)")
     sigmas = "of dog, in tokens: a band-pass, a high-pass where S1 is 0; S2 may be inf"
     add("--repa-sigmas", type=float, nargs=2, metavar=("S1", "S2"), help=sigmas)
-    add("--repa-width", type=count, metavar="N", help="width of repa's projector")
+    add("--repa-width", type=at_least(1, most=2**16), metavar="N", help="width of repa's projector")
     cached = "keep the encoder's tokens of all images and mirror images, made at the first use (default: off)"
     add("--cache-targets", metavar="FOLDER", help=cached)
     add("--rmsc", action="store_true", help="only measure the targets of --encoder on the data, train nothing")
     add_training_flags(parser)
     args = parser.complete(argv, recipe)
-
+    if args.t_logit_normal[1] <= 0:
+        raise InputError("--t-logit-normal {:g} {:g}: the second, a std, must be positive".format(*args.t_logit_normal))
     if args.space == "latent" and not (args.latents or args.vae):
         raise InputError("--space latent: needs --latents FOLDER (of train_vae.py --encode) or --vae CKPT")
     if args.space != "latent" and (args.latents or args.vae):
@@ -1136,8 +1159,7 @@ def parse(argv=None):
     if args.latent_norm and (args.latents or not args.vae):
         raise InputError(f"--latent-norm {args.latent_norm}: is for --vae without --latents, whose header has its own")
     if args.latents and args.size != args.defaults["size"]:
-        made = f"{args.latents} was made of images of {args.defaults['size']} pixels"
-        raise InputError(f"--size {args.size}: {made}; leave it out")
+        raise InputError(f"--size {args.size}: {args.latents} is of {args.defaults['size']} pixels; leave it out")
     if args.space == "dct":
         make_codec(unmeasured(vars(args)))  # raises where size, block and keep do not fit together
     elif args.block or args.keep or args.ebfr:
@@ -1153,15 +1175,16 @@ def parse(argv=None):
             chosen = f"--repa {args.repa}" if args.repa else "--rmsc alone" if args.rmsc else "no --repa"
             raise InputError(f"{flag_name(name)}: means nothing with {chosen}; leave it out")
     low, high = args.repa_sigmas or DOG_SIGMAS
-    if not 0 <= low < high:
-        raise InputError(f"--repa-sigmas {low:g} {high:g}: the first must be the smaller, and not negative; 0 2 does")
+    if not 0 <= low < high or 1e6 < high < math.inf:
+        raise InputError(f"--repa-sigmas {low:g} {high:g}: the first must be the smaller, from 0 on, S2 to 1e6 or inf")
     if args.repa and not 1 <= args.repa_depth <= depth_of(args.model):
         raise InputError(f"--repa-depth {args.repa_depth}: {args.model} has blocks 1 to {depth_of(args.model)}")
     return args
 
 
 def main(args):
-    compare_targets(args) if args.rmsc else train(args)
+    with HELD:
+        compare_targets(args) if args.rmsc else train(args)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import errno
 import hashlib
 import io
 import itertools
@@ -25,9 +26,13 @@ import json
 import math
 import os
 import pickle
+import platform
 import re
+import reprlib
 import shlex
 import shutil
+import signal
+import stat
 import sys
 import tempfile
 import time
@@ -44,10 +49,11 @@ import torch.nn.functional as F
 from numpy.lib.format import open_memmap
 from PIL import Image, ImageOps
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from dct import white_level
+from dct import Files, hush_pillow, one_line, white_level
 from repa import ISC_SPLITS, KID_SUBSETS, PATCH_ENCODER_SIZE, as_map, frechet_distance, load_encoder
 from spectral_losses import BINS, DSM_BLOCK, DSM_KEEP_ALL, DSM_LEVELS, block_that_fits, blurs, compare_with_target
 from spectral_losses import downscale, esm_loss, kl_loss, low_pass, patch_artefacts, power_law_exponent, psd
@@ -293,7 +299,7 @@ def measure(vae, batches, device, seed=0, lpips=None, features=None, delta=1.0, 
 
 def target_delta(settings):
     """The target's delta, by a run's flags (None: published weights): its own where it has ESM, else the paper's 1."""
-    return settings["esm_delta"] if settings and "esm" in settings["regularizer"].split("+") else 1.0
+    return settings.get("esm_delta", 1.0) if settings and "esm" in settings.get("regularizer", "").split("+") else 1.0
 
 
 def verdict(result):
@@ -389,7 +395,7 @@ def draw_spectra(results, file):
         axes.set(title=title, xlabel="radial frequency band", yscale="log", xticks=range(1, BINS + 1))
         axes.legend(frameon=False, fontsize=8)
     panels[0].set(ylabel="share of log power")
-    figure.savefig(file, dpi=120)
+    write_atomically(file, partial(figure.savefig, format="png", dpi=120), sync=False)
     plt.close(figure)
 
 
@@ -457,8 +463,14 @@ def optional(what, load, named, hint, processes):
 def open_lpips(weight, vgg, heads, processes):
     """LPIPS, or None, in all processes alike."""
     hint = "--lpips-weight 0.5, with --lpips-vgg FILE --lpips-heads FILE where nothing can be downloaded,"
-    load, named = weight and partial(load_lpips, vgg, heads), (vgg or heads) and "--lpips-vgg, --lpips-heads"
-    lpips = processes.local_first(lambda: optional("LPIPS", load, named, hint, processes))
+    named = (vgg or heads) and "--lpips-vgg, --lpips-heads"
+
+    def load():
+        lpips = load_lpips(*(file and check_records(file) for file in (vgg, heads)))
+        check_finite(lpips.state_dict(), named or "LPIPS")
+        return lpips
+
+    lpips = processes.local_first(lambda: optional("LPIPS", weight and load, named, hint, processes))
     return lpips.to(processes.device) if processes.all(lpips) else None
 
 
@@ -498,9 +510,9 @@ def make_objective(args, processes, checkpoint):
     one_pass = OnePass(VAE(**PRESETS[args.preset]), width).to(device, memory_format=layout(device))
     critic = PatchGAN().to(device, memory_format=layout(device)) if args.gan_weight else None
     lpips = open_lpips(args.lpips_weight, args.lpips_vgg, args.lpips_heads, processes)
-    if checkpoint and not checkpoint["lpips"]:
+    if checkpoint and not checkpoint.get("lpips"):
         lpips = None  # a run goes on as it began
-    if checkpoint and checkpoint["lpips"] and not lpips:
+    if checkpoint and checkpoint.get("lpips") and not lpips:
         raise InputError(f"{args.out} was begun with LPIPS; name its weights by --lpips-vgg FILE --lpips-heads FILE")
     weights = {name.removesuffix("_weight"): value for name, value in vars(args).items() if name.endswith("_weight")}
     esm, l2 = (args.esm_delta, args.esm_blur), args.reconstruction == "l2"
@@ -532,7 +544,7 @@ def train(args):
     latent = check_size(args.size, args.preset, terms, args.gan_weight)
     device, write, gan = processes.device, processes.print, args.gan_weight > 0
     run = Run(args, "autoencoder", processes)
-    if run.step >= run.steps:
+    if run.finished:
         return say_what_next(args.out, run.step, args.data, args.val, processes, again=True)
     if gan and args.gan_start >= args.steps:
         write(f"warning: --gan-start {args.gan_start} is not before the end, --steps {args.steps}: it never acts")
@@ -563,7 +575,7 @@ def train(args):
         batches, delta = some_images(source, count, run.micro, pixels.workers), target_delta(vars(args))
         networks, error = (objective.lpips, features), objective.pixel_error
         result, rows = measure(averaged, batches, device, args.seed, *networks, delta, error)
-        save_pictures(rows, run.folder / "samples" / f"step{step:07d}")
+        save_pictures(rows, run.picture(step).with_suffix(""))
         if step == run.steps:
             report(args.regularizer, result)
             weights = fingerprint(averaged.state_dict())
@@ -649,7 +661,8 @@ def evaluate_only(args):
     features = open_rfid(args.features, args.features_weights, size, processes)
     if not processes.main:
         return
-    images, folder = Images(data_of(args.val or args.data, info), size), Path(args.out or run_folder(args.ckpt))
+    flag, folder = "--val" if args.val else "--data", Path(args.out or run_folder(args.ckpt))
+    images = Images(data_of(args.val or args.data, info), size, flag)
     batches = some_images(images, args.eval_images or len(images), args.batch, processes.workers(args.workers))
     result, rows = measure(vae, batches, processes.device, args.seed, lpips, features, target_delta(info["args"]))
     report(name_of(args.ckpt), result)
@@ -666,16 +679,16 @@ def compare_spectra(args):
     if not processes.main:
         return
     folder, results, spec = Path(args.out or "runs/spectrum"), {}, args.val or args.data
+    flag = "--val" if args.val else "--data"
     count, workers = args.eval_images or EVAL_IMAGES, processes.workers(args.workers)
     opened = [open_trained(path, args.size, processes.device, "--spectrum") for path in args.spectrum]
     if len(sizes := sorted({size for *_, size in opened})) > 1:
-        print(
-            f"note: images of {', '.join(map(str, sizes))} px, each as it was trained; --size compares all at one size"
-        )
+        text = "px, each as it was trained; --size compares all at one size"
+        print(f"note: images of {', '.join(map(str, sizes))} {text}")
     for path, (vae, info, size) in zip(args.spectrum, opened):
         spec, name = data_of(spec, info), name_of(path)  # the first one's data, for all
         name = str(Path(path).resolve()) if name in results else name
-        batches = some_images(Images(spec, size), count, args.batch, workers, name)
+        batches = some_images(Images(spec, size, flag), count, args.batch, workers, name)
         settings = {"seed": args.seed, "delta": target_delta(info["args"]), "low_passed": True}
         if args.features != "none":
             settings["features"] = Features(args.features, args.features_weights, size, processes.device)
@@ -724,7 +737,7 @@ def encode_data(spec, ckpt, size, out, device, batch, workers, norm):
 
     def normalise(records):
         if not norm and "scale" in info["config"]:
-            return {name: info["config"][name] for name in ("latent_norm", "scale", "shift")}
+            return {name: info["config"][name] for name in ("latent_norm", "scale", "shift") if name in info["config"]}
         statistics, some = LatentStatistics(), spread(records.indices, SCALE_LIMIT)
         for part in np.array_split(some, math.ceil(len(some) / 256)):
             statistics.add(*records.read(part).float().flatten(0, 1).chunk(2, 1))
@@ -747,16 +760,55 @@ def norm_text(norm):
     return "scale {}, shift {}".format(*ranges) + ", by diffusers' config.json" * (kind == "published")
 
 
-# ---- shared by all programs: images -----------------------------------------------------------------------
-
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-MAX_UNREADABLE = 0.01  # share of a data set
-DEAD_LEAVES = 20_000  # images in the built-in set
-PALETTE = np.frombuffer(bytes.fromhex("e63946f4a261e9d85a43aa573a86c47850aaf0f0eb"), np.uint8).reshape(7, 3)
+# ---- shared by all programs: errors, and the forms of what files hold --------------------------------------
 
 
 class InputError(Exception):
     """A mistake of the user's: printed without a traceback. Names the flag or file, the value and what would do."""
+
+
+MOST, SIDE = 2**53, 2**14  # of what is counted; pixels that the side of an image may have
+# Forms: {key: check(value) -> bool} of plain values that a file holds; "key?" may be missing, as it is in older files.
+string = lambda value: type(value) is str
+plain = lambda value: value is None or type(value) in (bool, int, float, str)
+whole = lambda low, high=MOST: lambda value: type(value) is int and low <= value <= high
+real = lambda low=-1e30, high=1e30: lambda value: type(value) in (int, float) and low <= value <= high  # no nan
+one_of = lambda *values: lambda value: any(type(value) is type(entry) and value == entry for entry in values)
+maybe = lambda check: lambda value: value is None or check(value)
+each = lambda check, counts=range(MOST): (
+    lambda values: type(values) in (list, tuple) and len(values) in counts and all(map(check, values))
+)
+holding = lambda form: lambda value: misfit(value, form) is None
+
+
+def misfit(values, form):
+    """What is wrong with what has to be a dict of a form, in words, or None."""
+    if not isinstance(values, dict):
+        return f"it is {shown(values)}, no dict"
+    for key, check in form.items():
+        name = key.rstrip("?")
+        if (name in values or name == key) and not check(values.get(name)):
+            return f"its {name} is {shown(values[name]) if name in values else 'missing'}"
+
+
+def check_form(values, form):
+    """Raise ValueError, naming key and value, where a dict is not of a form."""
+    if wrong := misfit(values, form):
+        raise ValueError(wrong)
+
+
+def shown(value):
+    """A value in a few words."""
+    return " ".join(reprlib.repr(value).split())[:100]
+
+
+# ---- shared by all programs: images -----------------------------------------------------------------------
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+MAX_UNREADABLE = 0.01  # share of a data set
+LARGEST_LABEL = 2**16  # in a dataset.json, or else the number of its images
+DEAD_LEAVES = 20_000  # images in the built-in set
+PALETTE = np.frombuffer(bytes.fromhex("e63946f4a261e9d85a43aa573a86c47850aaf0f0eb"), np.uint8).reshape(7, 3)
 
 
 def to_rgb(image):
@@ -815,8 +867,9 @@ class Images(Dataset):
     """
 
     def __init__(self, spec, size, flag="--data"):
+        hush_pillow()
         self.spec, self.size, self.flag, self.path = spec, size, f"{flag} {spec}", Path(spec)
-        self.labels, self.classes, self._zips = None, None, {}
+        self.labels, self.classes = None, None
         self.kind, _, self.option = spec.partition(":")
         if spec in ("dead-leaves", "dead-leaves:full"):
             self.names = range(DEAD_LEAVES)
@@ -832,14 +885,12 @@ class Images(Dataset):
             self._list_files()
 
     def _list_files(self):
-        if self.path.is_dir():
-            self.kind, files = "folder", sorted(file.relative_to(self.path).as_posix() for file in self._walk())
-        elif zipfile.is_zipfile(self.path):
-            self.kind, files = "zip", sorted(name for name in self._zip().namelist() if not name.endswith("/"))
-        else:
-            state = "is neither a folder nor a .zip" if self.path.exists() else "does not exist"
+        try:
+            self._files = Files(self.path)
+        except ValueError as error:
             kinds = "a folder, a .zip, cifar10, cifar10:test, dead-leaves or dead-leaves:full"
-            raise InputError(f"{self.flag}: {state}; it takes {kinds}")
+            raise InputError(f"{self.flag}: {error}; it takes {kinds}") from error
+        self.kind, files = self._files.kind, self._files.names
         visible = [file for file in files if not re.search(r"(^|/)(__MACOSX|\.)", file)]
         self.names = [name for name in visible if os.path.splitext(name)[1].lower() in EXTENSIONS]
         if not self.names:
@@ -853,58 +904,43 @@ class Images(Dataset):
             classes, labels = np.unique(tops, return_inverse=True)
             self.classes, self.labels = classes.tolist(), labels.tolist()
 
-    def _walk(self):
-        """The files below, links followed (linked twice, twice). Raises InputError at a link to a folder above."""
-        for root, folders, files in os.walk(self.path, followlinks=True):
-            yield from (Path(root, file) for file in files)
-            for link in filter(Path.is_symlink, (Path(root, folder) for folder in folders)):
-                around = [folder.resolve() for folder in link.parents if folder.is_relative_to(self.path)]
-                if any(folder.is_relative_to(link.resolve()) for folder in around):
-                    raise InputError(f"{self.flag}: {link} is a link to a folder that it lies in; remove it")
-
     def _label_by_json(self):
         try:
-            labels = dict(json.loads(self._bytes("dataset.json")).get("labels") or {})  # null: a set without classes
-            labels = [labels[name] for name in self.names] if labels else []
-        except (ValueError, TypeError, AttributeError) as error:
+            entries = json.loads(self._files.read("dataset.json")).get("labels") or []  # null: a set without classes
+            labels = dict(entries)
+        except Exception as error:  # of a damaged .zip or file, or of JSON that is something else
             raise InputError(f"{self.flag}: dataset.json holds no list of [file, class number] ({error})") from error
-        except KeyError as error:
-            raise InputError(f"{self.flag}: dataset.json gives no label to {error}") from error
+        if len(labels) < len(entries):
+            raise InputError(f"{self.flag}: dataset.json lists {len(entries) - len(labels)} files twice; mend it")
+        if labels and (lacking := [name for name in self.names if name not in labels]):
+            raise InputError(f"{self.flag}: dataset.json gives no label to {lacking[0]!r}")
+        labels, limit = [labels[name] for name in self.names] if labels else [], max(LARGEST_LABEL, len(self))
         for name, label in zip(self.names, labels):
-            if type(label) not in (int, float) or label < 0 or label % 1:
-                wrong = f"dataset.json gives {name} the label {label!r}"
-                raise InputError(f"{self.flag}: {wrong}; labels are whole numbers from 0 on")
+            if type(label) not in (int, float) or not 0 <= label < limit or label % 1:
+                classes = len({label for label in labels if type(label) in (int, float)})
+                wrong = f"dataset.json gives {name} the label {str(label)[:40]!r}, one of {classes}"
+                raise InputError(f"{self.flag}: {wrong}; labels are whole numbers from 0 on, below {limit:,}")
         if labels:
             self.labels, self.classes = list(map(int, labels)), [str(i) for i in range(int(max(labels)) + 1)]
 
     def identity(self):
         """What the data is, however its path is spelled: plain values to compare."""
         names = [self.spec] if isinstance(self.names, range) else self.names
-        digest = hashlib.sha256(json.dumps([names, self.labels]).encode()).hexdigest()[:16]
-        return {"count": len(self), "names": digest, "classes": self.classes}
+        return {"count": len(self), "names": digest([names, self.labels]), "classes": self.classes}
 
     def cache_name(self):
         """A name for the decoded images, which changes with the files."""
         files = {"folder": self.names, "zip": [""]}.get(self.kind, [])
-        stats = [(stat.st_size, stat.st_mtime_ns) for stat in ((self.path / file).stat() for file in files)]
-        digest = hashlib.sha256(json.dumps([self.identity(), stats]).encode()).hexdigest()[:8]
-        return f"{short_name(self.spec)}-{self.size}-{digest}"
+        stats = []
+        for file in files:
+            with contextlib.suppress(OSError):  # a link to nowhere, one that has vanished
+                stats.append(((stat := (self.path / file).stat()).st_size, stat.st_mtime_ns))
+        return f"{short_name(self.spec)}-{self.size}-{digest([self.identity(), stats])[:8]}"
 
     def thin(self, count):
         """Keep at most `count` images, spread evenly."""
         kept = range(0, len(self.names), math.ceil(len(self.names) / count))
         self.names, self.labels = [self.names[i] for i in kept], self.labels and [self.labels[i] for i in kept]
-
-    def _zip(self):  # one handle a process: they share no file position
-        if os.getpid() not in self._zips:
-            self._zips[os.getpid()] = zipfile.ZipFile(self.path)
-        return self._zips[os.getpid()]
-
-    def _bytes(self, name):
-        return self._zip().read(name) if self.kind == "zip" else (self.path / name).read_bytes()
-
-    def __getstate__(self):
-        return self.__dict__ | {"_zips": {}}
 
     def __len__(self):
         return len(self.names)
@@ -915,7 +951,7 @@ class Images(Dataset):
             return Image.fromarray(dead_leaves(self.names[i], self.size, full=self.option == "full"))
         if self.kind == "cifar10":
             return Image.fromarray(self.pixels[self.names[i]])
-        return Image.open(io.BytesIO(self._bytes(self.names[i])) if self.kind == "zip" else self.path / self.names[i])
+        return Image.open(io.BytesIO(self._files.read(self.names[i])))
 
     def read(self, i):
         """Image i as (3, size, size) uint8, or None, its name printed, where it is unreadable or truncated."""
@@ -925,7 +961,8 @@ class Images(Dataset):
         except MemoryError:
             raise
         except Exception as error:  # decoders raise all kinds on bad bytes
-            tqdm.write(f"skipped, unreadable: {self.spec}/{self.names[i]} ({error})", file=sys.stderr)
+            text = f"skipped, unreadable: {self.spec}/{self.names[i]} ({error or type(error).__name__})"
+            tqdm.write(one_line(text), file=sys.stderr)
             return None
 
     def readable(self, i):
@@ -933,20 +970,21 @@ class Images(Dataset):
         for j in itertools.chain(range(i, len(self)), range(i)):
             if (image := self.read(j)) is not None:
                 return j, image
-        raise InputError(f"{self.flag}: no image can be read")
+        raise InputError(f"{self.flag}: of {len(self)} images none can be read, as {self.names[0]}; name others")
 
     def batches(self, indices, batch, workers, title, **bar):
         """Under a bar: indices (n,), images (n, 3, size, size) uint8, (n,) bool: which of them could be read."""
-        loader = DataLoader(Subset(self, indices), batch, num_workers=workers if len(indices) > 512 else 0)
+        options = {"num_workers": workers if len(indices) > 512 else 0, "worker_init_fn": begin_worker}
         with progress(desc=title, total=len(indices), unit="img", **bar) as bar:
-            for where, pixels, good in loader:
+            for where, pixels, good in DataLoader(Subset(self, indices), batch, **options):
                 yield where, pixels, good
                 bar.update(len(where))
 
     def check_unreadable(self, count):
         """Raise InputError where more than 1% of the images are unreadable."""
         if count > MAX_UNREADABLE * len(self):
-            raise InputError(f"{self.flag}: {count} of {len(self)} images are unreadable, more than 1%")
+            text = f"{count} of {len(self)} images are unreadable, more than 1%"
+            raise InputError(f"{self.flag}: {text}; remove or replace those named above")
 
     def __getitem__(self, i):
         """(i, image (3, size, size) uint8, True), or (i, zeros, False) where it is unreadable."""
@@ -955,6 +993,11 @@ class Images(Dataset):
         image = self.read(i)
         blank = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
         return (i, blank, False) if image is None else (i, image, True)
+
+
+def digest(values):
+    """A hash of plain values."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
 def short_name(spec):
@@ -974,10 +1017,21 @@ def mirrored(pixels, flip):
     return torch.where(flip.to(x.device, non_blocking=True).view(-1, 1, 1, 1), x.flip(-1), x)
 
 
+def to_uint8(images):
+    """[-1, 1] -> 0..255 uint8, rounded."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
 # ---- shared by all programs: what is computed once per image ----------------------------------------------
 
 DISK_SHARE = 0.8  # of the free disk, for a folder of records
 KINDS = {"pixels": "decoded images", "moments": "latents of train_vae.py --encode", "tokens": "encoder tokens"}
+DTYPES = {"pixels": np.dtype(np.uint8), "moments": np.dtype(np.float16), "tokens": np.dtype(np.float16)}
+# Forms of a header, see `misfit`.
+IDENTITY = {"count": whole(1), "names": string, "classes": maybe(each(string))}  # of `Images`
+HEADER = {"complete": one_of(False, True), "size": whole(1, SIDE), "data": string, "images": holding(IDENTITY)}
+MADE_BY = {"pixels": {}, "tokens": {"encoder": string}}
+MADE_BY["moments"] = {"autoencoder": string, "vae?": maybe(string), "preset?": maybe(string), "factor?": whole(1, SIDE)}
 
 
 class Records:
@@ -992,24 +1046,58 @@ class Records:
     labels.npy   (N,) int64, -1 without classes; names.json: a list
     """
 
-    def __init__(self, folder, kind, flag="--latents", mode="r"):
-        self.folder, header, self.flag = Path(folder), Path(folder) / "header.json", f"{flag} {folder}"
+    FILES = ("header.json", "names.json", "values.npy", "done.npy", "labels.npy")
+
+    def __init__(self, folder, kind, flag="--latents", mode="r", like=None):
+        self.folder, self.flag = Path(folder), f"{flag} {folder}"
         if self.folder.is_file():
             encode = "python train_vae.py --encode DATA --ckpt RUN --out FOLDER"
             anew = f"{encode if kind == 'moments' else 'the same command'} makes a folder anew, of another name"
             raise InputError(f"{self.flag}: a file of an earlier version; {anew}")
-        if not header.is_file():
+        if not (self.folder / "header.json").is_file():
             raise InputError(f"{self.flag}: no folder of {KINDS[kind]}")
         try:
-            self.header = json.loads(header.read_text())
-            arrays = (np.load(self.folder / f"{name}.npy", mmap_mode=mode) for name in ("values", "done", "labels"))
-            self.values, self.done, self.labels = arrays
-        except (ValueError, OSError) as error:
-            raise InputError(f"{self.flag}: damaged ({error}); remove it and make it anew") from error
-        if self.header.get("kind") != kind:
-            raise InputError(f"{self.flag}: no {KINDS[kind]} but {KINDS.get(self.header.get('kind'))}")
+            self._open(kind)
+            if mode == "r+":  # which lengthens a file that is too short: opened when that is known not to be
+                self.values, self.done = (np.load(self.folder / f"{name}.npy", mode) for name in ("values", "done"))
+        except InputError:
+            raise
+        except Exception as error:  # json and numpy raise all kinds on bad bytes
+            raise InputError(f"{self.flag}: damaged ({one_line(error)[:200]}); remove it and make it anew") from error
+        if any(self.header.get(key) != value for key, value in (like or {}).items() if key != "vae"):
+            raise InputError(f"{self.flag}: holds other {KINDS[kind]}; name another folder, or remove it")
         if mode == "r" and not self.header["complete"]:
             raise InputError(f"{self.flag}: unfinished; the command that began it completes it")
+
+    def _open(self, kind):
+        """Read header and arrays. Raises InputError on another kind, and all sorts where they are not what they say."""
+        self.header = json.loads((self.folder / "header.json").read_text())
+        check_form(self.header, {"kind": one_of(*KINDS)})
+        if self.header["kind"] != kind:
+            raise InputError(f"{self.flag}: no {KINDS[kind]} but {KINDS[self.header['kind']]}")
+        check_form(self.header, HEADER | MADE_BY[kind])
+        identity, names = self.header["images"], json.loads((self.folder / "names.json").read_text())
+        n, size = identity["count"], self.header["size"]
+        for name, dtype in {"values": DTYPES[kind], "done": np.uint8, "labels": np.int64}.items():
+            array = np.load(self.folder / f"{name}.npy", mmap_mode="r")
+            false = array.dtype != dtype or len(array) != n or (array.ndim > 1) != (name == "values")
+            if false or not array.flags.c_contiguous:
+                raise ValueError(f"its {name}.npy is {array.dtype} {array.shape}, not {np.dtype(dtype)} of {n} images")
+            setattr(self, name, array)
+        shape = self.values.shape[1:]
+        fitting = (3, size, size) if kind == "pixels" else (2, shape[1], shape[2])
+        if kind == "moments":
+            fitting = (2, shape[1] // 2 * 2, *2 * [size // self.header.get("factor", size // shape[2])])
+            check_norm(self.header, shape[1] // 2)
+        if shape != fitting or not self.values.size:
+            raise ValueError(f"its values are {shape}, of images of {size} pixels")
+        marks, labels = np.bincount(self.done, minlength=3), self.labels.tolist() if identity["classes"] else None
+        if len(marks) > 3 or (self.header["complete"] and (marks[0] or not marks[1])):
+            raise ValueError("its done.npy does not say which images were read")
+        if labels and not 0 <= min(labels) <= max(labels) < len(identity["classes"]):
+            raise ValueError(f"labels {min(labels)} to {max(labels)} of {len(identity['classes'])} classes")
+        if all(identity["names"] != digest([made_of, labels]) for made_of in (names, [self.header["data"]])):
+            raise ValueError("its names.json or labels.npy is not what its header.json was made with")
 
     @classmethod
     def make(cls, folder, images, header, shape, encode, processes, workers, batch, flag, finish=lambda records: {}):
@@ -1020,46 +1108,65 @@ class Records:
         """
         folder, kind = Path(folder), header["kind"]
         header = {"size": images.size, "images": images.identity()} | header
-        if processes.main and not (folder / "header.json").exists():
-            cls._create(folder, images, header | {"data": images.spec, "complete": False}, shape, flag, processes)
-        processes.barrier()
-        records = cls(folder, kind, flag, "r" if cls.is_complete(folder) else "r+")
-        if any(records.header.get(key) != value for key, value in header.items() if key != "vae"):
-            raise InputError(f"{records.flag}: holds other {KINDS[kind]}; name another folder, or remove it")
-        if not records.header["complete"]:
+
+        def damage():
+            """What is wrong with decoded images that lie there, in words, or None; they alone are made again."""
+            try:
+                if kind == "pixels" and (folder / "header.json").exists():
+                    cls(folder, kind, flag, None, header)
+            except InputError as error:
+                return str(error)
+
+        with contextlib.ExitStack() as locks:
+            if processes.main and (damage() or not cls.is_complete(folder)):
+                cls._check_room(folder, len(images) * math.prod(shape) * DTYPES[kind].itemsize, flag)
+                locks.enter_context(hold(folder, flag, wait=True))
+                if wrong := damage():  # another command may have mended it meanwhile
+                    tqdm.write(f"made again: {wrong}")
+                    for name in cls.FILES:  # those who have them open keep them
+                        (folder / name).unlink(missing_ok=True)
+                if not (folder / "header.json").exists():
+                    cls._create(folder, images, header | {"data": images.spec, "complete": False}, shape)
+            processes.barrier()
+            records = cls(folder, kind, flag, "r" if cls.is_complete(folder) else "r+", header)
+            if records.header["complete"]:
+                if kind != "pixels":
+                    processes.print(f"{folder}: complete, {len(images)} images")
+                return records
             records._fill(images, encode, processes, workers, batch)
             processes.barrier()
             if processes.main:
                 records._complete(images, finish)
             processes.barrier()
-        elif kind != "pixels":
-            processes.print(f"{folder}: complete, {len(images)} images")
         return cls(folder, kind, flag)
 
     @staticmethod
-    def _create(folder, images, header, shape, flag, processes):
-        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    def _check_room(folder, need, flag):
+        """Raise InputError where a folder holds other files than those of records, or `need` bytes do not fit there."""
+        files = {file.name.removesuffix(".tmp") for file in folder.iterdir()} if folder.is_dir() else set()
+        if folder.is_file() or files - {*Records.FILES, ".lock"}:
             raise InputError(f"{flag} {folder}: is a file or holds other files; name another folder")
-        dtype = np.uint8 if header["kind"] == "pixels" else np.float16
-        shape = (len(images), *shape)
-        need, free = math.prod(shape) * np.dtype(dtype).itemsize / 2**20, free_disk(folder) / 2**20
-        processes.print(f"{header['kind']:8} {' x '.join(map(str, shape))}: {need:,.1f} MiB into {folder}")
-        if need > DISK_SHARE * free:
-            raise InputError(f"{flag} {folder}: needs {need:,.1f} MiB, its disk has {free:,.1f} free")
-        new = folder.with_name(f"{folder.name}.{os.urandom(4).hex()}")  # another command may begin the same folder
-        new.mkdir(parents=True)
-        open_memmap(new / "values.npy", "w+", dtype, shape).flush()
-        if hasattr(os, "posix_fallocate"):  # a disk that fills up later would kill the process
-            with (new / "values.npy").open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
-        np.save(new / "done.npy", np.zeros(len(images), np.uint8))
-        np.save(new / "labels.npy", np.array(images.labels or [-1] * len(images), np.int64))
-        write_json(new / "names.json", list(images.names))
-        write_json(new / "header.json", header)
+        if not files - {".lock"} and need > DISK_SHARE * (free := free_disk(folder)):
+            raise InputError(f"{flag} {folder}: needs {need / 2**20:,.1f} MiB, its disk has {free / 2**20:,.1f} free")
+
+    @staticmethod
+    def _create(folder, images, header, shape):
+        shape, values, dtype = (len(images), *shape), folder / "values.npy", DTYPES[header["kind"]]
+        need = math.prod(shape) * dtype.itemsize
+        print(f"{header['kind']:8} {' x '.join(map(str, shape))}: {need / 2**20:,.1f} MiB into {folder}")
         try:
-            new.rename(folder)
-        except OSError:
-            shutil.rmtree(new)
+            open_memmap(values, "w+", dtype, shape).flush()
+            if hasattr(os, "posix_fallocate"):  # a disk that fills up later would kill the process
+                with values.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, os.path.getsize(values))
+        except OSError as error:
+            values.unlink(missing_ok=True)
+            raise unwritten(values, error, need) from error
+        done, labels = np.zeros(len(images), np.uint8), np.array(images.labels or [-1] * len(images), np.int64)
+        write_atomically(folder / "done.npy", lambda file: np.save(file, done))
+        write_atomically(folder / "labels.npy", lambda file: np.save(file, labels))
+        write_json(folder / "names.json", list(images.names))
+        write_json(folder / "header.json", header)  # the last: all is there
 
     def _fill(self, images, encode, processes, workers, batch):
         mine = np.arange(processes.local_rank, len(images), processes.local_world)
@@ -1082,13 +1189,13 @@ class Records:
             self.done[unreadable] = 0  # the same command tries them again
             raise
         self.done.flush()
-        with contextlib.suppress(FileNotFoundError):  # another command completed it at the same moment
-            write_json(self.folder / "header.json", self.header | finish(self) | {"complete": True})
+        write_json(self.folder / "header.json", self.header | finish(self) | {"complete": True})
 
     @staticmethod
     def is_complete(folder):
-        header = Path(folder) / "header.json"
-        return header.exists() and json.loads(header.read_text()).get("complete", False)
+        with contextlib.suppress(ValueError, RecursionError, AttributeError, OSError):  # which opening it will name
+            return json.loads((Path(folder) / "header.json").read_text()).get("complete") is True
+        return False
 
     def check_images(self, identity, size):
         """Raise InputError where these are records of other images."""
@@ -1106,8 +1213,12 @@ class Records:
         return f"{self.header['kind']} of {len(self.indices)} images of {self.header['size']} px, in {self.folder}"
 
     def read(self, where, flip=None):
-        """The values of images `where` (n,), numpy, or of their mirror images where flip (n,) -> (n, ...)"""
-        return torch.from_numpy(self.values[where] if flip is None else self.values[where, flip.astype(int)])
+        """The values of images `where` (n,), numpy, or of their mirror images where flip (n,) -> (n, ...). Raises
+        InputError where they are not finite.
+        """
+        values = torch.from_numpy(self.values[where] if flip is None else self.values[where, flip.astype(int)])
+        check_finite({"values.npy": values}, self.flag)
+        return values
 
 
 def free_disk(folder):
@@ -1146,7 +1257,8 @@ class Pixels:
         if self.records:
             yield from ((where, self.records.read(where)) for where in wanted)
             return
-        for where, pixels, good in DataLoader(self.images, batch_sampler=wanted, num_workers=self.workers):
+        loader = {"batch_sampler": wanted, "num_workers": self.workers, "worker_init_fn": begin_worker}
+        for where, pixels, good in DataLoader(self.images, **loader):
             for k in (~good).nonzero().flatten().tolist():
                 self.unreadable.add(where[k].item())
                 self.images.check_unreadable(len(self.unreadable))
@@ -1154,9 +1266,104 @@ class Pixels:
             yield where.numpy(), pixels
 
 
+# ---- shared by all programs: signals and bars -------------------------------------------------------------
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # heeded
+asked = {}  # the signal that has asked this process to stop, and when
+
+
+class Stopped(Exception):
+    """A signal has asked for an end: its number, and where the work stands, in words."""
+
+
+def ask_to_stop(number, _):
+    """A signal handler: the first one is noted, for the work to end where it can go on; a second ends the process."""
+    for stream in (1, 2) if number == getattr(signal, "SIGHUP", None) else ():
+        if stat.S_ISCHR(os.fstat(stream).st_mode):  # the terminal is gone: writing to it would fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    if not asked:
+        asked.update(signal=number, at=time.monotonic())
+    elif time.monotonic() - asked["at"] > 1:  # torchrun passes on what the terminal has given to all
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+
+def stop_if_asked(where):
+    """Raise Stopped where a signal has asked for it."""
+    if asked:
+        raise Stopped(asked["signal"], where)
+
+
+def begin_worker(_):
+    """In DataLoader's workers: no signals, as their process may still need them for the step it is in."""
+    hush_pillow()
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class progress(tqdm):
+    """A bar that goes when its work is done; where there is no terminal, a line every half minute. Stops the work, by
+    an exception, within one tick of a signal.
+    """
+
+    def __init__(self, *args, **options):
+        self.terminal = sys.stderr.isatty()
+        line = "{desc} {n_fmt}/{total_fmt} {unit}  {rate_fmt}  {remaining} left"
+        options |= {} if self.terminal else {"mininterval": 30, "bar_format": line}
+        super().__init__(*args, dynamic_ncols=True, leave=False, delay=0.5, **options)
+
+    def __iter__(self):
+        for item in super().__iter__():
+            stop_if_asked("" if self.disable else f" during {self.desc}")
+            yield item
+
+    def update(self, n=1):
+        super().update(n)
+        stop_if_asked("" if self.disable else f" after {self.desc} {self.n} of {self.total}")
+
+    def display(self, msg=None, pos=None):
+        if self.terminal:
+            return super().display(msg, pos)
+        if msg is None and self.n:
+            self.fp.write(f"{self}\n")
+
+
+def duration(seconds):
+    """1m52s"""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+
+
 # ---- shared by all programs: processes, devices, randomness -----------------------------------------------
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)  # rank 0 evaluates alone, decoding is uneven
+MEETING_TIMEOUT = 600  # seconds until all processes have started
+
+
+def meet(rank, world):
+    """The store of torchrun's processes, under a prefix that rank 0 draws: what others, before a restart, have left in
+    it is not seen (torch, up to 2.15, connects to their addresses and waits). Raises InputError where some do not come.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serving, mine = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True", os.urandom(8).hex()
+    timeout, end = datetime.timedelta(seconds=MEETING_TIMEOUT), time.monotonic() + MEETING_TIMEOUT
+    store = dist.TCPStore(address, port, world, serving, timeout, multi_tenant=True)
+    store.set(f"asks {rank}", mine)
+    # A key ends in what its asker has drawn, so that none is an old one; rank 0 answers until each has thanked.
+    wanted = [f"{mine} thanks {other}" for other in range(1, world)] if rank == 0 else [f"answer {mine}"]
+    while not store.check(wanted):
+        stop_if_asked("")
+        if time.monotonic() > end:
+            raise InputError(f"--nproc_per_node, --nnodes: not all {world} processes started in {MEETING_TIMEOUT} s")
+        for other in range(1, world) if rank == 0 else ():
+            if store.check([f"asks {other}"]):
+                store.set(f"answer {store.get(f'asks {other}').decode()}", mine)
+        time.sleep(0.02)
+    prefix = mine if rank == 0 else store.get(f"answer {mine}").decode()
+    store.set(f"{prefix} thanks {rank}", "")
+    store.set_timeout(COLLECTIVE_TIMEOUT)  # NCCL meets there again, at the first collective
+    return dist.PrefixStore(prefix, store)
 
 
 class Processes:
@@ -1169,7 +1376,9 @@ class Processes:
         self.device, self.main = choose_device(device_name), self.rank == 0
         self.device_ids = [self.device.index] if self.device.type == "cuda" else None
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device_ids else "gloo", timeout=COLLECTIVE_TIMEOUT)
+            among = {"rank": self.rank, "world_size": self.world, "store": meet(self.rank, self.world)}
+            backends = "cpu:gloo,cuda:nccl" if self.device_ids else "gloo"
+            dist.init_process_group(backends, timeout=COLLECTIVE_TIMEOUT, **among)
             atexit.register(dist.destroy_process_group)
 
     def sum(self, tensor):
@@ -1198,6 +1407,13 @@ class Processes:
         if self.world > 1:
             dist.barrier(device_ids=self.device_ids)
 
+    def asked_to_stop(self):
+        """The number of a signal that has asked any process to stop, or 0: in all processes the same."""
+        number = torch.tensor(asked["signal"] if asked else 0)
+        if self.world > 1:
+            dist.all_reduce(number, dist.ReduceOp.MAX)  # on the CPU: nothing waits for the device
+        return number.item()
+
     def wrap(self, network, compiling=False):
         network = torch.compile(network) if compiling else network
         return DistributedDataParallel(network, device_ids=self.device_ids) if self.world > 1 else network
@@ -1206,14 +1422,19 @@ class Processes:
         """The context of one part of a batch: gradients are averaged over processes with the last."""
         return contextlib.nullcontext() if last or self.world == 1 else wrapped.no_sync()
 
+    def agree(self, value):
+        """Process 0's plain value, in all."""
+        values = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
     def scratch(self):
         """A folder of all processes that goes when they end."""
-        name = [tempfile.mkdtemp() if self.main else None]
-        if self.world > 1:
-            dist.broadcast_object_list(name)
+        name = self.agree(tempfile.mkdtemp() if self.main else None)
         if self.local_rank == 0:
-            atexit.register(shutil.rmtree, name[0], ignore_errors=True)
-        return Path(name[0])
+            atexit.register(shutil.rmtree, name, ignore_errors=True)
+        return Path(name)
 
     def workers(self, count):
         """How many processes decode images for this one, where --workers does not say."""
@@ -1298,31 +1519,125 @@ def prefetch(batches):
             yield batch
 
 
-# ---- shared by all programs: files ------------------------------------------------------------------------
+# ---- shared by all programs: writing files, and locks -----------------------------------------------------
 
 
-def write_atomically(file, write, sync=True):
-    """write(binary file) beside `file`, then rename: the old one stays till then, with `sync` in a power cut too."""
-    with open(f"{file}.tmp", "wb") as handle:
-        write(handle)
-        handle.flush()
-        if sync:
-            os.fsync(handle.fileno())
-    os.replace(handle.name, file)
+def unwritten(file, error, takes=0):
+    """The InputError of a file of `takes` bytes (0: unknown) that an OSError kept from being written."""
+    reason, remedy = error.strerror or error, "make that possible"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        need = f"it takes {takes / 2**20:,.1f} MiB, " if takes else ""
+        remedy = f"{need}{free_disk(Path(file)) / 2**20:,.1f} MiB are free on its disk; free some"
+    return InputError(f"{file}: cannot be written ({reason}); {remedy}, and give the same command again")
+
+
+def write_atomically(file, write, sync=True, takes=0, check=None):
+    """write(binary file) beside `file`, then rename: the old one stays till then, with `sync` in a power cut too.
+    check(name), before the rename, sees what is on the disk. Raises InputError, and leaves nothing, where either fails.
+    """
+    try:
+        with open(f"{file}.tmp", "wb") as handle:
+            write(handle)
+            handle.flush()
+            if sync:
+                os.fsync(handle.fileno())
+            if check and hasattr(os, "posix_fadvise"):  # else it would see what is in memory
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if check:
+            check(handle.name)
+        os.replace(handle.name, file)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(f"{file}.tmp")
+        while isinstance(error, RuntimeError) and error.__context__:  # what torch.save raises at closing hides it
+            error = error.__context__
+        if isinstance(error, OSError):
+            raise unwritten(file, error, takes) from error
+        raise
 
 
 def write_json(file, content):
     write_atomically(file, lambda handle: handle.write(json.dumps(content, indent=1).encode()))
 
 
+def append_json(file, content):
+    """Add a line to a file of them, unless it is the last one already (a killed command says it again). A half line
+    stays alone. Raises InputError, and adds nothing, where it cannot be written.
+    """
+    line = json.dumps(content).encode() + b"\n"
+    try:
+        with open(file, "a+b", buffering=0) as handle:
+            end = handle.seek(0, os.SEEK_END)
+            handle.seek(max(0, end - len(line) - 1))
+            before = b"\n" + handle.read()
+            if before.endswith(b"\n" + line):
+                return
+            line = line if before.endswith(b"\n") else b"\n" + line
+            if handle.write(line) < len(line):
+                handle.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise unwritten(file, error, len(line)) from error
+
+
+HELD = contextlib.ExitStack()  # what the command that is running holds to its end
+
+
+def lock(handle):
+    """Whether an open file could be locked; None where that is not known here. POSIX's locks are not inherited by
+    workers, and work over NFS.
+    """
+    try:
+        import fcntl  # Windows has none
+
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except (BlockingIOError, PermissionError):  # as systems have it
+        return False
+    except (ImportError, OSError):
+        return None
+
+
+def launch():
+    """Which of torchrun's launches this process is of, in words."""
+    where = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    return f", one of those that met at {where}" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+
+
+@contextlib.contextmanager
+def hold(folder, flag, wait=False):
+    """Make a folder, and keep other commands from working in it, by a lock on .lock in it that goes with the process.
+    Raises InputError where one is at work and this is not to `wait`, or where the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = open(folder / ".lock", "a+b", buffering=0)
+    except OSError as error:
+        if folder.is_dir() and error.errno in (errno.EROFS, errno.EACCES):  # it may be looked at; writing will say so
+            yield
+            return
+        raise InputError(f"{flag} {folder}: cannot be written ({error.strerror}); name another folder") from error
+    with handle:
+        if lock(handle) is False:
+            handle.seek(0)
+            holder = one_line(handle.read(200).decode(errors="replace")) or "another process"
+            if not wait:
+                raise InputError(f"{flag} {folder}: is in use by {holder}; wait for it, or name another folder")
+            print(f"{flag} {folder}: is being made by {holder}; waiting for it", flush=True)
+            for _ in progress(itertools.count(), desc=f"waiting for {folder}", unit="s"):
+                time.sleep(1)
+                if lock(handle) is not False:
+                    break
+        holder = f"process {os.getpid()} on {platform.node()} since {datetime.datetime.now():%Y-%m-%d %H:%M}{launch()}"
+        with contextlib.suppress(OSError):  # a full disk: what needs room says so
+            handle.truncate(0)
+            handle.write(holder.encode())
+        yield
+
+
 def quoted(path):
     """A path as a shell takes it."""
     return shlex.quote(str(path))
-
-
-def to_uint8(images):
-    """[-1, 1] -> 0..255 uint8, rounded."""
-    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def save_grid(images, file, columns):
@@ -1331,20 +1646,69 @@ def save_grid(images, file, columns):
 
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_image(images.float().cpu(), file, nrow=columns, padding=2, normalize=True, value_range=(-1, 1))
+    grid = dict(nrow=columns, padding=2, normalize=True, value_range=(-1, 1), format="png")
+    write_atomically(file, lambda handle: save_image(images.float().cpu(), handle, **grid), sync=False)
     return file
+
+
+# ---- shared by all programs: checkpoints and weights ------------------------------------------------------
+
+PROGRAMS = ("train_diffusion.py", "train_vae.py")  # by whether "widths" is a key of the config
+CHECKPOINT = {"config", "model", "ema", "step"}  # keys of those of our trainers
+FLAG = {f"{name}?": maybe(string) for name in ("data", "encoder", "init")}
+FLAG |= {"regularizer?": string, "esm_delta?": real()}  # of the program that wrote it
+flags = lambda value: holding(FLAG)(value) and all(plain(entry) or each(plain)(entry) for entry in value.values())
+FORM = {"config": holding({}), "model": holding({}), "ema": maybe(holding({})), "step": whole(0), "args?": maybe(flags)}
+FORM |= {"latent?": maybe(holding({"scale?": real(1e-30)})), "val?": maybe(string), "lpips?": one_of(False, True)}
+FORM |= {"data?": holding(IDENTITY), "target_dim?": maybe(whole(1, 2**16))}
+AUTOENCODER = {"widths": each(whole(1, 2**14), range(1, 17)), "latent_channels": whole(1, 2**12)}
+AUTOENCODER |= {"num_res_blocks": whole(1, 16), "attention?": each(whole(0, 16)), "size?": maybe(whole(1, SIDE))}
+AUTOENCODER |= {"preset?": maybe(string), "regularizer?": maybe(string)}
 
 
 def read_checkpoint(path, kind="diffusion", published=None):
     """The dict in a run folder's checkpoint.pt, or in a file, of a diffusion model or an "autoencoder" (which may be
     published weights, a file or a folder of diffusers'). published(the dict in any other file) -> config, state dict.
-    Raises InputError; runs no code.
+    What is returned is sound: the config is one that `NETWORKS` builds, the weights are finite and fit it. Of a run
+    whose checkpoint.pt is not there or cannot be opened it is the newest of the older ones, checkpoint.1.pt on, that
+    can, which is said. Raises InputError; runs no code.
     """
-    path, programs = Path(path), ["train_diffusion.py", "train_vae.py"]
-    program, other = programs if kind == "diffusion" else reversed(programs)
+    path, failed = Path(path), []
     if not path.exists():
         raise InputError(f"{path}: no such run folder or checkpoint")
-    file = weights_in(path)
+    newest = weights_in(path)
+    for file in [newest, *(older_checkpoints(path) if newest == path / "checkpoint.pt" else ())]:
+        try:
+            checkpoint = open_checkpoint(path, file, kind, published)
+            break
+        except InputError as error:
+            failed.append(str(error))
+    else:
+        raise InputError(failed[0])
+    if failed:
+        say_once(f"{file} is taken, step {checkpoint['step']}: {'; '.join(failed)}")
+    program, other = PROGRAMS if kind == "diffusion" else reversed(PROGRAMS)
+    if other == PROGRAMS["widths" in checkpoint["config"]]:
+        raise InputError(f"{file}: a checkpoint of {other}; give one of {program}")
+    return checkpoint
+
+
+def older_checkpoints(run):
+    """checkpoint.1.pt, the one before the last, checkpoint.2.pt ... of a run folder, as far as there are any."""
+    numbers = (re.fullmatch(r"checkpoint\.(\d+)\.pt", file.name) for file in run.iterdir())
+    return [run / f"checkpoint.{i}.pt" for i in sorted(int(number[1]) for number in numbers if number)]
+
+
+@lru_cache
+def say_once(text):
+    """A line on process 0, however often what it says is met."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        tqdm.write(text)
+
+
+def open_checkpoint(path, file, kind, published):
+    """The dict in one of the files of `read_checkpoint`'s path; only one of this kind is known to be sound."""
+    program = PROGRAMS[kind == "autoencoder"]
     if not file.exists():
         begun = " (one is being written, or its writing was cut off)" if Path(f"{file}.tmp").exists() else ""
         diffusers = ", nor diffusers' diffusion_pytorch_model.safetensors or .bin" * (kind == "autoencoder")
@@ -1361,8 +1725,20 @@ def read_checkpoint(path, kind="diffusion", published=None):
         remedy = "published weights of a DiT, SiT or U-ViT take sample.py --ckpt FILE"
         lacks = f"it lacks {', '.join(sorted(missing))}"
         raise InputError(f"{file}: no checkpoint of {program}, {lacks}; {seems(checkpoint)}; {remedy}")
-    if ("widths" in checkpoint["config"]) != (kind == "autoencoder"):
-        raise InputError(f"{file}: a checkpoint of {other}; give one of {program}")
+    config, given = checkpoint["config"], checkpoint.get("args") or {}
+    if ("widths" in config) != (kind == "autoencoder"):
+        return checkpoint
+    try:
+        check_form(checkpoint, FORM)
+        with torch.device("meta"):
+            network = NETWORKS[kind](config)
+        for name in config.keys() & given.keys():
+            if type(given[name]) in (int, float, str) and given[name] not in ("auto", config[name]):
+                raise ValueError(f"its {name} is {shown(config[name])}, by its flags {shown(given[name])}")
+    except (ValueError, InputError) as error:
+        raise InputError(f"{file}: a false checkpoint, {error}") from error
+    for state in filter(None, (checkpoint["model"], checkpoint["ema"])):
+        load_weights(network, state, file, assign=True)
     return checkpoint
 
 
@@ -1371,7 +1747,10 @@ def published_autoencoder(file, checkpoint):
     config = diffusers_config(file.parent / "config.json")
     try:
         shape, state = read_published(next(iter(state_dicts(checkpoint).values())), config)
-        return shape | (published_norm(config, shape["latent_channels"]) if config else {}), state
+        shape |= published_norm(config, shape["latent_channels"]) if config else {}
+        with torch.device("meta"):
+            stored_autoencoder(shape)  # raises where it is false
+        return shape, state
     except ValueError as error:
         raise InputError(f"{file}: {error}; {seems(checkpoint)}") from error
 
@@ -1396,10 +1775,23 @@ def diffusers_config(file):
     return config if isinstance(config, dict) and config.get("_class_name") == "AutoencoderKL" else None
 
 
-CHECKPOINT = {"config", "model", "ema", "step"}  # keys of those of our trainers
+def check_norm(norm, channels):
+    """Raise ValueError where how latents of so many channels are normalised, see `vae.latent_norm`, is false."""
+    by_channel = lambda check: lambda value: check(value) or each(check, (channels,))(value)
+    check_form(norm, {"scale?": by_channel(real(1e-30)), "shift?": by_channel(real()), "latent_norm?": string})
+
+
+def stored_autoencoder(config):
+    """The VAE of a checkpoint's config. Raises ValueError where that is false."""
+    check_form(config, AUTOENCODER)
+    check_norm(config, config["latent_channels"])
+    return VAE(*(config[name] for name in ("widths", "latent_channels", "num_res_blocks")), config.get("attention", ()))
+
+
+NETWORKS = {"autoencoder": stored_autoencoder}  # config -> network, raising ValueError; train_diffusion.py adds its own
 CONTENTS = (  # how files begin that hold no weights
     (r"\A\Z", "it is empty: fetch it again"),
-    (r"\APK\x03\x04", "it seems to be half a download of a file of torch.save: fetch it again"),
+    (r"\APK\x03\x04", "it seems to be half a file of torch.save: fetch it, or make it, again"),
     (r"\A\s*<[^\0]*\Z", "it seems to be a web page, which is what some links give: fetch the file itself"),
     (r"\Aversion https://git-lfs", "it is git-lfs's pointer to the file: git lfs pull fetches it"),
     (r"\A\s*[\[{][^\0]*\Z", "it seems to be JSON, no weights: name the file beside it that holds them"),
@@ -1433,13 +1825,15 @@ def state_dicts(checkpoint):
     """
     checkpoint = strip_prefixes(checkpoint)
     parts = {name: checkpoint.get(name) for name in ("ema", "state_dict", "model")}
-    return {name: strip_prefixes(part) for name, part in parts.items() if isinstance(part, dict)} or {"": checkpoint}
+    parts = {name: strip_prefixes(part) for name, part in parts.items() if isinstance(part, dict)} or {"": checkpoint}
+    arrays = lambda part: {key: v for key, v in part.items() if isinstance(v, torch.Tensor) and v.numel()}
+    return {name: arrays(part) for name, part in parts.items()}
 
 
 def seems(checkpoint):
     """What a dict that is not the weights asked for seems to be, by its keys, in words."""
     if CHECKPOINT <= checkpoint.keys() and isinstance(checkpoint["config"], dict):
-        return f"it is a checkpoint of {'train_vae.py' if 'widths' in checkpoint['config'] else 'train_diffusion.py'}"
+        return f"it is a checkpoint of {PROGRAMS['widths' in checkpoint['config']]}"
     keys = list(next(iter(state_dicts(checkpoint).values())))
     words = described("\n".join(keys), LAYOUTS) or "nothing known here"
     return f"it seems to be {words} ({', '.join(keys[:2])[:80]} ...)" if keys else "it is empty"
@@ -1473,21 +1867,69 @@ def load_plain(file):
             raise InputError(f"{file}: {words}")
         if head[8:9] == b"{" and 0 in head[:8]:  # no length has more than seven bytes
             return read_safetensors(file)
+        check_records(file)
         with open(file, "rb") as handle, torch.serialization.safe_globals(HARMLESS):  # no name: it would trust that
             checkpoint = torch.load(handle, map_location="cpu", weights_only=True)
     except InputError:
         raise
-    except FileNotFoundError as error:
-        raise InputError(f"{file}: no such file") from error
-    except IsADirectoryError as error:
-        raise InputError(f"{file}: is a folder; name the file in it") from error
+    except OSError as error:
+        named = "; name the file in it" * Path(file).is_dir()
+        raise InputError(f"{file}: cannot be read ({error.strerror or error}){named}") from error
     except pickle.UnpicklingError as error:
-        content = "it holds more than tensors and plain values, or is no checkpoint"
-        raise InputError(f"{file}: refused, {content}") from error
+        text = "refused, it holds more than tensors and plain values, or is no checkpoint"
+        raise InputError(f"{file}: {text}") from error
     except Exception as error:  # torch.load raises all kinds on bytes that are no checkpoint
         text = f"{type(error).__name__} {str(error)[:120]}"
         raise InputError(f"{file}: cannot be read as a checkpoint ({text})") from error
+    check_tensors(checkpoint, file)
     return checkpoint if isinstance(checkpoint, dict) else {}
+
+
+def check_records(file):
+    """The path of a file of weights. Raises InputError where it is one of torch.save, a .zip, whose bytes have changed:
+    it holds their CRCs, which torch does not test.
+    """
+    if zipfile.is_zipfile(file):
+        try:
+            with zipfile.ZipFile(file) as records:
+                if sum(record.file_size for record in records.infolist()) > os.path.getsize(file):
+                    raise InputError(f"{file}: refused, its records are compressed, as torch.save writes none")
+                bad = records.testzip()
+        except (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, EOFError, ValueError) as error:
+            bad = error
+        if bad:
+            raise InputError(f"{file}: damaged, its records are not those that were written ({bad}); fetch it again")
+    return file
+
+
+def check_tensors(content, file):
+    """Raise InputError where a tensor in nested dicts and lists is no plain array in memory as large as it says."""
+    nests, seen = [content], set()
+    while nests:  # no recursion: a pickle may nest, or share, without end
+        value = nests.pop()
+        if isinstance(value, torch.Tensor):
+            plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+            if not plain or value.nbytes > value.untyped_storage().nbytes():
+                kind = f"{value.layout} {tuple(value.shape)} on {value.device}"[:200]
+                raise InputError(f"{file}: refused, it holds a tensor that is no plain array ({kind})")
+        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            nests.extend(value.values() if isinstance(value, dict) else value)
+
+
+def is_finite(tensor):
+    """Whether all of a tensor is, by its ends, which nan takes over: a tenth of isfinite's time, and no copy."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    tensor = tensor if tensor.element_size() > 1 else tensor.float()
+    return torch.stack(tensor.aminmax()).isfinite().all().item()
+
+
+def check_finite(state, source):
+    """Raise InputError where the tensors of a state dict are not finite."""
+    for name, value in state.items():
+        if not is_finite(value):
+            raise InputError(f"{source}: its {name} is not finite: damaged; make or fetch it anew")
 
 
 SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -1508,9 +1950,6 @@ def read_safetensors(file):
             false = "safetensors with a false header, or not all of the file"
             raise InputError(f"{file}: {false}: {otherwise[:200]}; fetch it again")
 
-    def are_counts(values):
-        return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
-
     check(begin <= min(len(data), 8 + HEADER_LIMIT), f"a header of {begin - 8} bytes in a file of {len(data)}")
     try:
         header = json.loads(data[8:begin].tobytes())
@@ -1519,13 +1958,13 @@ def read_safetensors(file):
     check(isinstance(header, dict), "no JSON object")
     notes = header.pop("__metadata__", {})
     check(isinstance(notes, dict) and all(isinstance(v, str) for v in notes.values()), "__metadata__ is no text")
+    forms = {"dtype": one_of(*SAFETENSORS), "shape": each(whole(0)), "data_offsets": each(whole(0), (2,))}
     entries, end = [], 0
     for name, entry in header.items():
-        fields, entry = ("dtype", "shape", "data_offsets"), entry if isinstance(entry, dict) else {}
-        dtype, shape, offsets = map(entry.get, fields)
-        check(isinstance(dtype, str) and dtype in SAFETENSORS, f"{name!r} has the dtype {dtype!r}")
-        check(are_counts(shape), f"{name!r} has the shape {shape!r}")
-        check(are_counts(offsets) and len(offsets) == 2, f"{name!r} has the offsets {offsets!r}")
+        entry = entry if isinstance(entry, dict) else {}
+        for key, fits in forms.items():
+            check(fits(entry.get(key)), f"{name!r} has the {key.removeprefix('data_')} {entry.get(key)!r}")
+        dtype, shape, offsets = map(entry.get, forms)
         size = math.prod(shape) * SAFETENSORS[dtype].itemsize
         check(offsets[1] - offsets[0] == size, f"{name!r}, {shape} of {dtype}, takes {size} bytes, not {offsets}")
         entries.append((*offsets, name, SAFETENSORS[dtype], shape))
@@ -1549,7 +1988,7 @@ def run_folder(path):
 def name_of(path):
     """A word for an autoencoder: the folder of a run, or of diffusers', else the stem of a file."""
     path = Path(path).resolve()
-    ours = re.match(r"checkpoint(-\d+)?\.pt|best\.pt|autoencoder\.pt|diffusion_pytorch_model\.", path.name)
+    ours = re.match(r"checkpoint([-.]\d+)?\.pt|best\.pt|autoencoder\.pt|diffusion_pytorch_model\.", path.name)
     return run_folder(path).name if ours or path.is_dir() else path.stem
 
 
@@ -1559,13 +1998,26 @@ def strip_prefixes(state):
 
 
 def load_weights(network, state, source, assign=False):
-    """Strict load, prefixes stripped. Raises InputError on another architecture."""
+    """Strict load, prefixes stripped. Raises InputError on another architecture, or on what are no finite weights."""
+    state = strip_prefixes(state)
+    check_weights(state, network, source)
     try:
-        network.load_state_dict(strip_prefixes(state), assign=assign)
+        network.load_state_dict(state, assign=assign)
     except RuntimeError as error:
         lines = "; ".join(line.strip() for line in str(error).splitlines()[1:3])[:300]
         name = type(network).__name__
         raise InputError(f"{source}: weights of another architecture than this {name}: {lines}") from error
+
+
+def check_weights(state, network, source):
+    """Raise InputError where what a network would take from a state dict is not finite, or not of its kind."""
+    ours = network.state_dict()
+    taken = {key: value for key, value in state.items() if key in ours}
+    for key, value in taken.items():
+        if not isinstance(value, torch.Tensor) or value.is_floating_point() != ours[key].is_floating_point():
+            kind = str(getattr(value, "dtype", type(value).__name__)).removeprefix("torch.")
+            raise InputError(f"{source}: its {key} is of {kind}, no weights: damaged; make or fetch it anew")
+    check_finite(taken, source)
 
 
 def initialize(network, checkpoint, path, allow_partial):
@@ -1582,6 +2034,7 @@ def initialize(network, checkpoint, path, allow_partial):
     others = [f"{key} {shape(theirs, key)} there, {shape(ours, key)} here" for key in keys if key not in fits]
     text, config = "; ".join(others[:3]) + "; ..." * (len(others) > 3), checkpoint["config"]
     name = config.get("model") or config.get("preset") or "published"
+    check_weights(fits, network, f"--init {path}")
     if not any(value.ndim > 1 for value in fits.values()):
         raise InputError(f"--init {path}: {name}, whose weights do not fit this {type(network).__name__} ({text})")
     if others and not allow_partial:
@@ -1597,14 +2050,9 @@ def load_autoencoder(path, device):
     "weights", their hash. The average of the weights is taken where there is one. Raises InputError.
     """
     checkpoint = read_checkpoint(path, "autoencoder")
-    state, config = checkpoint["ema"] or checkpoint["model"], checkpoint["config"]
-    shape = (*(config[name] for name in ("widths", "latent_channels", "num_res_blocks")), config.get("attention", ()))
-    try:
-        with torch.device("meta"):
-            vae = VAE(*shape).requires_grad_(False)
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from error
-    load_weights(vae, state, path, assign=True)
+    with torch.device("meta"):
+        vae = stored_autoencoder(checkpoint["config"]).requires_grad_(False)
+    load_weights(vae, checkpoint["ema"] or checkpoint["model"], path, assign=True)
     weights = fingerprint(vae.state_dict())  # in one order, whatever the file's
     info = {key: checkpoint.get(key) for key in ("config", "step", "args", "latent", "val")}
     return vae.to(device, torch.float32).eval(), info | {"weights": weights}
@@ -1618,6 +2066,9 @@ def fingerprint(state):
     return digest.hexdigest()[:16]
 
 
+# ---- shared by all programs: encoders and scores ----------------------------------------------------------
+
+
 @torch.no_grad()
 def open_encoder(spec, size, processes, resolution=PATCH_ENCODER_SIZE):
     """`--encoder`, fetched by local rank 0 alone -> it, and its tokens (1, T, D) of a blank image. Raises InputError
@@ -1625,6 +2076,7 @@ def open_encoder(spec, size, processes, resolution=PATCH_ENCODER_SIZE):
     """
     try:
         encoder = processes.local_first(partial(load_encoder, spec, processes.device, resolution))
+        check_finite(encoder.state_dict(), f"--encoder {spec}")
     except ValueError as error:
         raise InputError(f"--{error}") from error
     try:
@@ -1643,7 +2095,8 @@ class Features:
     def __init__(self, spec, weights, size, device):
         self.device = device
         try:
-            self.encoder = load_encoder(spec, device, antialias=True, weights=weights)
+            self.encoder = load_encoder(spec, device, antialias=True, weights=weights and check_records(weights))
+            check_finite(self.encoder.state_dict(), f"--features {spec}")
             self.width = self(torch.zeros(1, 3, size, size)).shape[1]
         except ValueError as error:
             raise InputError(f"--features {spec}: {error}" + "; or use inception" * (spec != "inception")) from error
@@ -1665,9 +2118,7 @@ def score_names(features):
 
 
 def record_score(folder, result):
-    """Print a score as a table with its protocol, and add it to scores.jsonl in a folder. Raises InputError where
-    that cannot be written.
-    """
+    """Print a score as a table with its protocol, and add it to scores.jsonl in a folder."""
     protocol, names = dict(result), score_names(result["features"])
     n, reference, half = (protocol.pop(key, None) for key in ("images", "reference_images", "floor_images"))
     counts = {"floor": (half, half), "inception_score": (n, "-")}
@@ -1686,11 +2137,7 @@ def record_score(folder, result):
         unbiased = f" ({names['kid']} is not)" if result.get("kid") is not None else ""
         biased = f"below 10,000 the distance is biased upwards{unbiased}"
         print(f"  note: {least} images; {biased}: compare equal counts only")
-    try:
-        with (Path(folder) / "scores.jsonl").open("a") as log:
-            log.write(json.dumps(result) + "\n")
-    except OSError as error:
-        raise InputError(f"{folder}/scores.jsonl: cannot be written ({error.strerror}); the score is above") from error
+    append_json(Path(folder) / "scores.jsonl", result)
 
 
 # ---- shared by both trainers: a run -----------------------------------------------------------------------
@@ -1698,32 +2145,11 @@ def record_score(folder, result):
 BAD_STEPS = 10  # non-finite ones in a row that stop a run
 WARM_UP = 2  # steps that a benchmark does not count
 # Flags that may change when a run goes on; what data it is, is compared by what it holds.
-FREE = "steps grad_accum device workers compile log_every eval_every save_every snapshot_every fresh benchmark out "
-FREE += "data val cache features features_weights lpips_vgg lpips_heads eval_images eval_only spectrum encode ckpt "
-FREE = set((FREE + "latents vae cache_targets rmsc init_partial defaults").split())
-
-
-class progress(tqdm):
-    """A bar that goes when its work is done; where there is no terminal, a line every half minute."""
-
-    def __init__(self, *args, **options):
-        self.terminal = sys.stderr.isatty()
-        line = "{desc} {n_fmt}/{total_fmt} {unit}  {rate_fmt}  {remaining} left"
-        options |= {} if self.terminal else {"mininterval": 30, "bar_format": line}
-        super().__init__(*args, dynamic_ncols=True, leave=False, delay=0.5, **options)
-
-    def display(self, msg=None, pos=None):
-        if self.terminal:
-            return super().display(msg, pos)
-        if msg is None and self.n:
-            self.fp.write(f"{self}\n")
-
-
-def duration(seconds):
-    """1m52s"""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+FREE = """
+    steps grad_accum device workers compile log_every eval_every save_every snapshot_every keep_last fresh benchmark
+    out data val cache features features_weights lpips_vgg lpips_heads eval_images eval_only spectrum encode ckpt
+    latents vae cache_targets rmsc init_partial defaults
+""".split()
 
 
 def learning_rate(step, lr, warmup, steps, decay, taken=None):
@@ -1758,6 +2184,19 @@ def matmul_rate(device, dtype):
     return 2 * n**3 / min(timer.timeit(1).mean for _ in range(5))
 
 
+def read_metrics(file):
+    """The lines of a metrics.jsonl, dicts with a step, and how many others there are."""
+    lines, broken = [], 0
+    for text in file.read_bytes().split(b"\n") if file.exists() else ():
+        try:
+            line = json.loads(text)
+            check_form(line, {"step": whole(0), "val_loss?": lambda value: type(value) in (int, float)})
+            lines.append(line)
+        except (ValueError, RecursionError):
+            broken += bool(text)
+    return lines, broken
+
+
 class Log:
     """metrics.jsonl, the bar or lines, and timers. Sums stay on the device, so that steps never wait between lines."""
 
@@ -1767,12 +2206,16 @@ class Log:
         self.peak = matmul_rate(self.device, dtype) * self.processes.world if flops else 1  # FLOP/s
         self.bad_runs, self.worst_run = {}, torch.zeros((), device=self.device)
         if self.processes.main and self.file.exists():  # lines after the step resumed from will be made again
-            lines = self.file.read_text().split("\n")[:-1]  # a killed process may leave half a line
-            kept = [line for line in lines if json.loads(line)["step"] <= run.step]
-            write_atomically(self.file, lambda f: f.write("".join(f"{line}\n" for line in kept).encode()))
-            self.best = min([json.loads(line).get("val_loss", math.inf) for line in kept], default=math.inf)
+            lines, broken = read_metrics(self.file)
+            kept = [line for line in lines if line["step"] < run.step + (run.evaluated or "lr" in line)]
+            text = "".join(f"{json.dumps(line)}\n" for line in kept)
+            write_atomically(self.file, lambda f: f.write(text.encode()))
+            self.best = min([line.get("val_loss", math.inf) for line in kept], default=math.inf)
+            if broken:
+                run.processes.print(f"{self.file}: {broken} broken lines, as a power cut leaves them, are left out")
         hidden = not (self.processes.main and sys.stderr.isatty())
         self.bar = tqdm(None, "train", run.steps, unit="step", initial=run.step, dynamic_ncols=True, disable=hidden)
+        HELD.callback(self.bar.close)  # before an error is printed
         self._begin(run.step)
 
     def _begin(self, step):
@@ -1829,16 +2272,13 @@ class Log:
             left = duration((steps - step) * batch / rate)
             self.processes.print(f"step {step}/{steps}  loss {loss}  {rate:.0f} img/s  {left} left")
         if worst >= BAD_STEPS:
-            self.bar.close()
             skipped = f"{worst} steps in a row up to {step} were not finite and were skipped"
-            last = f"{self.run.folder}/checkpoint.pt is the last good one"
-            raise InputError(f"{skipped}; {last}. Lower --lr {self.run.args.lr:g}, or --amp off")
+            raise InputError(f"{skipped}; {self.run.last_good()}")
         self._begin(step)
 
     def write(self, **entry):
         if self.processes.main:
-            with self.file.open("a") as handle:
-                handle.write(json.dumps(entry) + "\n")
+            append_json(self.file, entry)
 
     def benchmark(self, steps):
         """Print what the timers say of so many steps."""
@@ -1864,6 +2304,47 @@ def binding(flags):
     return names | {"encoder": encoder.rpartition(":")[2] or None, "init": Path(flags.get("init") or "").name or None}
 
 
+KEPT_TWICE = 10**9  # bytes of a checkpoint below which the one before it is kept
+SCALER = {"scale": real(1e-30), "growth_factor": real(1), "backoff_factor": real(0, 1), "growth_interval": whole(1)}
+SCALER |= {"_growth_tracker": whole(0)}
+
+
+def load_part(part, state, source):
+    """Load what `Run.save` wrote of a module, of AdamW (the moments: its settings are those of the flags) or of a
+    GradScaler. Raises InputError where it is another's, or its values are not finite.
+    """
+    try:
+        if not isinstance(state, dict):
+            raise ValueError("is missing")
+        if isinstance(part, nn.Module):
+            return load_weights(part, state, source)
+        if isinstance(part, torch.optim.Optimizer):
+            check_moments(part, state.get("state"))
+            return part.load_state_dict({"state": state["state"], "param_groups": part.state_dict()["param_groups"]})
+        check_form(state, SCALER)
+        part.load_state_dict(state)
+    except ValueError as error:
+        remedy = "remove checkpoint.pt to go on from an older one, or name another --out"
+        raise InputError(f"{source}: {error}; {remedy}") from error
+
+
+def check_moments(optimizer, moments):
+    """Raise ValueError where AdamW's moments by parameter are not those of its parameters, or not finite:
+    load_state_dict takes any, and a step on one of another shape ends the process.
+    """
+    parameters = optimizer.param_groups[0]["params"]
+    if not isinstance(moments, dict) or (moments and moments.keys() != set(range(len(parameters)))):
+        raise ValueError(f"has not the moments of all {len(parameters)} parameters")
+    for i, entry in moments.items():
+        for name, shape in {"step": (), "exp_avg": parameters[i].shape, "exp_avg_sq": parameters[i].shape}.items():
+            value, form = entry.get(name) if isinstance(entry, dict) else None, f"{torch.float32} {tuple(shape)}"
+            kind = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else shown(value)
+            if kind != form:
+                raise ValueError(f"{name} of parameter {i} is {kind}, not {form}")
+            if not is_finite(value) or (name != "exp_avg" and (value < 0).any()):
+                raise ValueError(f"{name} of parameter {i} is not finite, or negative")
+
+
 class Run:
     """A run of a trainer: its folder, its optimizers, and what follows each step. The same command resumes.
 
@@ -1884,18 +2365,42 @@ class Run:
         if args.benchmark:
             self.steps, self.folder = args.benchmark + WARM_UP, processes.scratch()
             self.cache = self.folder
-        self.checkpoint = self._open(kind)
+        self.kind, self.checkpoint = kind, self._open(kind)
         self.step = self.checkpoint.get("step", 0)
+        self.saved, self.owed = self.step, False  # whether checkpoint.pt waits for a finite step
+        # A killed command may have saved the last step and not evaluated it: the line is written when all is there.
+        lines = [line["step"] for line in read_metrics(self.folder / "metrics.jsonl")[0] if "lr" not in line]
+        evaluated = self.step in lines and self.picture(self.step).exists()
+        evaluated = evaluated or not self.checkpoint or self.step > self.steps or not self.evaluates(self.step)
+        step, self.evaluated = processes.agree((self.step, evaluated))
+        if step != self.step:
+            read = f"process {processes.rank} could read step {self.step}, process 0 step {step}"
+            raise InputError(f"{self.folder}: {read}; the same command tries again")
+        self.finished = self.step >= self.steps and self.evaluated
         self.counts_flops = bool(args.benchmark) or processes.device.type == "cuda"
         processes.barrier()  # all have looked before any writes
+
+    def evaluates(self, step):
+        """Whether an evaluation is due after a step."""
+        return step == self.steps or step % self.args.eval_every == 0
+
+    def picture(self, step):
+        """The file that an evaluation draws."""
+        return self.folder / "samples" / f"step{step:07d}.png"
 
     def _open(self, kind):
         """The checkpoint to resume from, or {}. Raises InputError where RUN is another's or made with other flags."""
         run, args = self.folder, self.args
         if run.exists() and not run.is_dir():
             raise InputError(f"--out {run}: is a file; name a folder")
-        files = [file.name for file in run.iterdir()] if run.exists() else []
-        if "checkpoint.pt" in files:
+        tokens = Path(getattr(args, "cache_targets", None) or "samples").name
+        ours = ("metrics.jsonl", "samples", "checkpoint", "autoencoder.pt", "best.pt", ".lock", tokens)
+        names = lambda: [file.name for file in run.iterdir()] if run.exists() else []
+        saved = lambda: run.exists() and ((run / "checkpoint.pt").exists() or older_checkpoints(run))
+        others = [] if saved() else [name for name in names() if not name.startswith(ours)]
+        if names() and self.processes.main and not others and not self.benchmark:
+            HELD.enter_context(hold(run, "--out"))
+        if saved():
             if args.fresh:
                 raise InputError(f"--fresh: {run} holds a run; --fresh starts in an empty folder, name another --out")
             checkpoint, now = read_checkpoint(run, kind), binding(vars(args))
@@ -1905,10 +2410,7 @@ class Run:
                 text = "; ".join(f"{flag_name(n)} {before.get(n)} there, {now[n]} now" for n in changed)
                 raise InputError(f"{run} was made with other arguments: {text}. Give the same, or another --out")
             return checkpoint
-        tokens = Path(getattr(args, "cache_targets", None) or "samples").name
-        ours = ("metrics.jsonl", "samples", "checkpoint", "autoencoder.pt", "best.pt", tokens)
-        others = [name for name in files if not name.startswith(ours)]
-        if others or (args.fresh and files):
+        if others or (args.fresh and set(names()) - {".lock"}):
             content = ", ".join(others[:3]) or "a started run"
             raise InputError(f"--out {run} holds {content} and no checkpoint; name an empty folder")
         return {}
@@ -1951,17 +2453,21 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.processes.device.type, init_scale=2.0**16 if self.half else 1.0)
         self.parts, self.facts, self.evaluate, self.indices = parts | {"scaler": self.scaler}, facts, evaluate, indices
         for name, part in self.parts.items() if self.checkpoint else ():
-            if isinstance(part, nn.Module):
-                load_weights(part, self.checkpoint[name], self.folder)
-            elif part is not None:
-                part.load_state_dict(self.checkpoint[name])
+            begun = name == "scaler" and self.half and self.checkpoint.get(name, {}).get("scale") == 1.0  # without fp16
+            if part is not None and not begun:
+                load_part(part, self.checkpoint.get(name), f"{self.folder}, the checkpoint's {name}")
         if self.processes.main:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            HELD.enter_context(hold(self.folder, "--out"))
+            if not self.checkpoint and (self.folder / "checkpoint.pt").exists():
+                raise InputError(f"--out {self.folder}: another command has begun it; the same command again goes on")
         write, processes = self.processes.print, f"{self.processes.world} x {self.processes.device.type}"
         epochs = self.steps * self.batch / len(indices)
         write(f"training {self.steps} steps of {self.batch} = {epochs:.1f} epochs, on {processes}")
         write(f"         into {self.folder}" + (f", resumed at step {self.step}" if self.checkpoint else ""))
         self.log = Log(self, len(indices), flops, dtype)
+        if not self.evaluated and (stop := self._evaluate()):
+            self._stop(stop)
+        self.log.restart_clock(self.step)
         return self.log
 
     def batches(self, pixels=None, moments=None, tokens=None, stop=None):
@@ -2017,33 +2523,106 @@ class Run:
         args, log, last = self.args, self.log, step == self.steps
         self.step = step
         log.end_step(step, rate, not self.benchmark and (last or step % args.log_every == 0))
+        stop = self.processes.asked_to_stop()
         if self.benchmark:
-            return log.benchmark(step - WARM_UP) if last else None
-        saving, evaluating = last or step % args.save_every == 0, last or step % args.eval_every == 0
-        if saving and self.processes.main:
-            self.save("checkpoint.pt")
-        if args.snapshot_every and step % args.snapshot_every == 0 and self.processes.main:
-            self.save(f"checkpoint-{step:07d}.pt")
+            return self._stop(stop) if stop else log.benchmark(step - WARM_UP) if last else None
+        self.owed |= last or step % args.save_every == 0
+        saving, evaluating = self.owed, self.evaluates(step) and not stop
+        snapshot = args.snapshot_every and step % args.snapshot_every == 0
+        if self.processes.main and (saving or snapshot) and self._made_a_finite_step():
+            if snapshot:
+                self.save(f"checkpoint-{step:07d}.pt")
+            if saving:
+                self.save("checkpoint.pt")
         if last:
             log.bar.close()
-        if evaluating and self.processes.main:
-            figures, text, val_loss = self.evaluate(step)
-            if val_loss is not None:
-                figures, text = figures | {"val_loss": val_loss}, f"val_loss {val_loss:.4f}, {text}"
-            log.write(step=step, **figures)
-            self.processes.print(f"step {step}/{self.steps}  {text}")
-            if val_loss is not None and val_loss < log.best:
-                log.best = val_loss
-                self.save("best.pt")
+        if stop or (stop := evaluating and self._evaluate()):
+            self._stop(stop)
         if saving or evaluating:
             log.restart_clock(step)
 
-    def save(self, name):
+    def _stop(self, number):
+        """Raise Stopped in all processes, after the same step, which is saved."""
+        if self.processes.main and not self.benchmark and self.saved < self.step and self._made_a_finite_step():
+            self.save("checkpoint.pt")
+        self.processes.barrier()  # torchrun ends the others where one has ended
+        saved = "" if self.saved == self.step or self.benchmark else f" (step {self.saved} is saved)"
+        raise Stopped(number, f" at step {self.step}{saved}")
+
+    def _made_a_finite_step(self):
+        """Whether the last step was one, of all optimizers: else what is to be saved waits. Raises InputError where it
+        cannot wait; fp16 skips single steps while its scale adapts, which is no reason.
+        """
+        skipped = max(map(int, self.log.bad_runs.values()), default=0)
+        last = self.step == self.steps
+        if skipped and last and not self.half:
+            raise InputError(f"the last {skipped} steps were not finite and were skipped; {self.last_good()}")
+        return last or not skipped
+
+    def last_good(self):
+        """What there is to go on from after steps that were not finite, and what may do."""
+        good = f"{self.folder}/checkpoint.pt, of step {self.saved}, is the last good one"
+        remedy = f"Lower --lr {self.args.lr:g}, or --amp off"
+        return f"{good if self.saved else 'none was saved before'}. {remedy}"
+
+    def _finite_state(self):
+        """The state of all parts, its bytes. Raises InputError where not all of it is finite, which no step mends."""
         state = {key: part and part.state_dict() for key, part in self.parts.items()}
+        tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+        if not all(map(is_finite, tensors)):
+            raise InputError(f"the weights of step {self.step} are not finite; {self.last_good()}")
+        return state, sum(tensor.nbytes for tensor in tensors)
+
+    def _evaluate(self):
+        """The evaluation of this step, by process 0; its line in metrics.jsonl, the last, says that all of it is there.
+        -> the number of a signal that has asked any process to stop, or 0.
+        """
+        with contextlib.suppress(Stopped):  # the same command makes it
+            if self.processes.main:
+                self._finite_state()  # or it would measure nan
+                if not self.folder.is_dir():
+                    raise InputError(f"{self.folder}: removed while it was trained; the same command begins it anew")
+                figures, text, val_loss = self.evaluate(self.step)
+                if val_loss is not None:
+                    figures, text = figures | {"val_loss": val_loss}, f"val_loss {val_loss:.4f}, {text}"
+                self.processes.print(f"step {self.step}/{self.steps}  {text}")
+                if val_loss is not None and val_loss < self.log.best and self._made_a_finite_step():
+                    self.log.best = val_loss
+                    self.save("best.pt")
+                self.log.write(step=self.step, **figures)
+        return self.processes.asked_to_stop()
+
+    def save(self, name):
+        """Write a checkpoint and read it back; of checkpoint.pt, the ones before it stay as --keep-last says."""
+        (state, size), file = self._finite_state(), self.folder / name
         # the data order and every random draw of the steps to come follow from seed and step
         state |= {"step": self.step, "images_seen": self.step * self.batch, "data": self.data}
         state |= {"args": binding(vars(self.args)) | {"data": self.args.data}} | self.facts()
-        write_atomically(self.folder / name, lambda file: torch.save(state, file))
+
+        def check(written):
+            if size >= KEPT_TWICE:
+                check_records(written)  # to open it would take as much memory again
+            elif read_checkpoint(written, self.kind)["step"] != self.step:
+                raise OSError(errno.EIO, "what was written is read back otherwise")
+            if name == "checkpoint.pt":
+                keep_older(file, self.args.keep_last or (2 if size < KEPT_TWICE else 1))
+
+        write_atomically(file, lambda handle: torch.save(state, handle), takes=size, check=check)
+        if name == "checkpoint.pt":
+            self.saved, self.owed = self.step, False
+
+
+def keep_older(file, count):
+    """Make checkpoint.pt checkpoint.1.pt as well, that checkpoint.2.pt, and so on, `count` in all with a new one."""
+    older = [file, *(file.with_suffix(f".{i}.pt") for i in range(1, count))]
+    for new, old in reversed(list(zip(older, older[1:]))):
+        with contextlib.suppress(InputError):  # one that is damaged takes no sound one's place
+            if zipfile.is_zipfile(check_records(new)):
+                old.unlink(missing_ok=True)
+                try:
+                    os.link(new, old)  # so that it is never missing
+                except OSError:  # not on every file system
+                    new.replace(old)
 
 
 # ---- command line -----------------------------------------------------------------------------------------
@@ -2074,30 +2653,55 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=Help, add_help=False)
 
     def error(self, message):
-        raise InputError(message)
+        raise InputError(message[:1000])  # a value may be long
 
     def complete(self, argv, recipe=lambda first: {}):
         """The arguments; recipe(a first look at them) -> what those are that are not given."""
-        self.set_defaults(**recipe(self.parse_known_args(argv)[0]))
+        first = self.parse_known_args(argv)[0]
+        check_texts(vars(first))
+        self.set_defaults(**recipe(first))
         self.add_argument("-h", "--help", action="help", help="show this")
         args = self.parse_args(argv)
-        for name, value in vars(args).items():
-            if "" in (value if isinstance(value, list) else [value]):  # "$UNSET"
-                flag = "RUN_OR_CKPT" if name == "run" else flag_name(name)
-                raise InputError(f"{flag}: its value is empty; give it one, or leave it out")
         args.defaults = {action.dest: action.default for action in self._actions if action.dest != "help"}
         return args
 
 
-def at_least(minimum, kind=int):
-    """An argparse type: a number from `minimum` on."""
+def check_texts(flags):
+    """Raise InputError where a value is empty, or where what may be a path can be none."""
+    for name, value in flags.items():
+        flag, wrong = "RUN_OR_CKPT" if name == "run" else flag_name(name), None
+        texts = value if isinstance(value, list) else [value]
+        for text in (text for text in texts if isinstance(text, str)):
+            if not text:  # "$UNSET"
+                raise InputError(f"{flag}: its value is empty; give it one, or leave it out")
+            try:
+                os.stat(text)
+            except ValueError:
+                wrong = "holds a NUL byte, which no name does; name another"
+            except OSError as error:
+                if error.errno in (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP) and name != "model":
+                    wrong = f"{error.strerror}; name another"
+                elif os.path.islink(text):
+                    wrong = "a link to nowhere; name another"
+            if isinstance(value, str) and value.startswith("~"):  # as in --out=~/run
+                wrong = "the shell has left ~ as it is; $HOME does, or ./~ for that name"
+            if wrong:
+                raise InputError(f"{flag} {text[:80]!r}: {wrong}")
+
+
+def at_least(minimum, kind=int, most=10**9):
+    """An argparse type: a number from `minimum` to `most`, which no one needs and memory survives."""
 
     def number(text):
-        with contextlib.suppress(ValueError):
-            if (value := kind(text)) >= minimum:
-                return value
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if minimum <= value <= most:
+            return value
+        bound = f"at most {most:,}" if value > most else f"at least {minimum:g}"
         name = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"{text} must be {name} of at least {minimum:g}")
+        raise argparse.ArgumentTypeError(f"{text[:40]} must be {name} of {bound}")
 
     return number
 
@@ -2122,7 +2726,7 @@ def add_training_flags(parser):
     count, number, switch = at_least(1), at_least(0, float), argparse.BooleanOptionalAction
     add = parser.add_argument_group("optimizer").add_argument
     add("--steps", type=count, metavar="N", help="optimizer steps")
-    add("--batch", type=count, metavar="GLOBAL", help="images a step, over all processes")
+    add("--batch", type=at_least(1, most=2**20), metavar="GLOBAL", help="images a step, over all processes")
     add("--grad-accum", type=count, default=1, metavar="N", help="parts that a process's share is cut into")
     add("--lr", type=number, metavar="X", help="AdamW learning rate")
     add("--lr-decay", choices=("none", "linear"), help="after warm-up: constant, or linearly to 0 at --steps")
@@ -2136,11 +2740,14 @@ def add_training_flags(parser):
     add("--compile", action="store_true", help="torch.compile the network")
     add("--cache", metavar="DIR", default="cache", help="folder of decoded images, which all runs share")
     add("--flip", action=switch, default=True, help="mirror half of the images")
-    add("--seed", type=at_least(0), default=0, metavar="N", help="of weights, data order and noise")
-    add("--workers", type=at_least(0), metavar="N", help="processes that decode images (default: cores, at most 8)")
+    add("--seed", type=at_least(0, most=2**63 - 1), default=0, metavar="N", help="of weights, data order and noise")
+    workers = "processes that decode images (default: cores, at most 8)"
+    add("--workers", type=at_least(0, most=1024), metavar="N", help=workers)
     add("--log-every", type=count, default=50, metavar="N", help="steps a metrics line")
     add("--eval-every", type=count, default=1000, metavar="N", help="steps between evaluations")
     add("--save-every", type=count, default=500, metavar="N", help="steps between checkpoints")
+    last = "checkpoints that stay, checkpoint.1.pt the one before checkpoint.pt (default: 2, from 1 GB on 1)"
+    add("--keep-last", type=count, metavar="K", help=last)
     add("--snapshot-every", type=count, metavar="N", help="keep a numbered checkpoint every N steps (default: none)")
     add("--fresh", action="store_true", help="never resume: --out must be empty")
     init = "begin with the network's weights (the average, where there is one) of a run or of published weights"
@@ -2150,16 +2757,43 @@ def add_training_flags(parser):
 
 
 def run_program(main, parse):
-    """main(parse()), a user's mistake as one line and exit code 2."""
+    """main(parse()); a user's mistake, what cannot be read or written, or the loss of another process as one line and
+    exit code 2, a signal's request as one line and 128 + its number.
+    """
+    for name in ("stdout", "stderr"):  # None where it is closed, as >&- does
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))
+    for name in ("stdout", "stderr"):  # None where it is closed, as >&- does
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes may hold what no terminal shows
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, ask_to_stop)
+    first, where, number = int(os.environ.get("RANK", 0)) == 0, "", None
     try:
-        main(parse())
-    except InputError as error:
-        if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(3)  # process 0 has most likely met the same, says so, and torchrun ends the others
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        return main(parse())
+    except Stopped as error:
+        number, where = error.args
+    except (InputError, OSError) as error:
+        file = getattr(error, "filename", None)
+        mistake = f"{file}: {error.strerror}" if file else error
+    except RuntimeError as error:  # of a broken collective
+        if not isinstance(error, dist.DistError) and not re.search("gloo|nccl", str(error), re.IGNORECASE):
+            raise
+        reason = re.sub(r"^\[.*?\] ", "", str(error).strip()).partition("\n")[0][
+            :100
+        ]  # without the place in Gloo's code
+        mistake = f"another process has probably ended, the same command goes on from what is saved ({reason})"
+        number = asked.get("signal")
+    if number:
+        if first:
+            print(f"stopped{where} by {signal.Signals(number).name}: the same command goes on", file=sys.stderr)
+        sys.exit(128 + number)
+    if not first:  # process 0 has most likely met the same and says so, and torchrun ends the others
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        time.sleep(3)
+    print(one_line(f"error: {mistake}"), file=sys.stderr)
+    sys.exit(2)
 
 
 # ---- flags of this program --------------------------------------------------------------------------------
@@ -2191,14 +2825,16 @@ def parse(argv=None):
     add("--data", metavar="SPEC", help=data)
     held_out = "images held out, of which evaluations, val_loss and best.pt are (default: evaluations are of --data)"
     add("--val", metavar="SPEC", help=held_out)
-    add("--size", type=at_least(SSIM_WINDOW), metavar="PIXELS", help="images are cropped and resized to this")
+    size = "images are cropped and resized to this"
+    add("--size", type=at_least(SSIM_WINDOW, most=SIDE), metavar="PIXELS", help=size)
     add("--out", metavar="DIR", help="run folder, or where --encode, --spectrum or --eval-only write")
     add = parser.add_argument_group("model and loss").add_argument
     add("--preset", default="tiny", choices=PRESETS, help="f: pixels per latent pixel, d: channels")
     add("--regularizer", default="esm", metavar="NAME[+NAME]", help=sums)
     add("--kl-weight", type=weight, default=1e-6, metavar="W", help=kl + "1e-6 is 5e-12 here")
     add("--esm-weight", type=weight, default=0.01, metavar="W", help="of esm")
-    add("--esm-delta", type=float, default=1.0, metavar="D", help="the target is the image's spectrum times f^D")
+    delta = "the target is the image's spectrum times f^D"
+    add("--esm-delta", type=at_least(-10, float, 10), default=1.0, metavar="D", help=delta)
     blur = "blur images before they are resized to the latent, as the authors do unless it is 32 wide"
     add("--esm-blur", action=argparse.BooleanOptionalAction, help=blur)
     add("--se-weight", type=weight, default=0.25, metavar="W", help="of se")
@@ -2234,15 +2870,15 @@ def main(args):
     if args.spectrum:
         compare_spectra(args)
     elif args.encode:
-        encode_data(
-            args.encode, args.ckpt, args.size, args.out, args.device, args.batch, args.workers, args.latent_norm
-        )
+        names = "encode ckpt size out device batch workers latent_norm".split()
+        encode_data(*(getattr(args, name) for name in names))
     elif args.eval_only:
         evaluate_only(args)
     elif args.ckpt:
         raise InputError(f"--ckpt {args.ckpt}: is for --eval-only and --encode; a run in --out resumes by itself")
     else:
-        train(args)
+        with HELD:
+            train(args)
 
 
 if __name__ == "__main__":
