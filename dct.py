@@ -501,6 +501,7 @@ class Files:
             raise error
 
         for root, folders, files in os.walk(self.path, onerror=stop, followlinks=True):
+            # hidden ones hold no images; lost+found, at the top of a disk, is root's alone to list
             folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX")) and name != "lost+found"]
             yield from (Path(root, file).relative_to(self.path).as_posix() for file in files)
             for link in filter(Path.is_symlink, (Path(root, folder) for folder in folders)):

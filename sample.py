@@ -242,7 +242,11 @@ def sample_files(diffusion, protocol, folder, n, batch=64, rank=0, world=1):
                 train_vae.write_atomically(files[i], partial(Image.fromarray(pixels).save, format="PNG"), sync=False)
             bar.update(min(start + len(indices) * world, n) - bar.n)
             watch(dict.fromkeys(range(1, world) if rank == 0 else (), n), folder, watched)
-        while rank == 0 and (missing := [i for i in missing if not is_whole(files[i])]):  # others' share; no collective
+        while rank == 0:  # others' share; no collective
+            there = set(os.listdir(folder))  # one look, not one at each of 50,000 files that are not yet there
+            missing = [i for i in missing if files[i].name not in there or not is_whole(files[i])]
+            if not missing:
+                break
             done = f"after {n - len(missing)} of {n} images"
             train_vae.stop_if_asked(f" {done}")
             if ended := watch(collections.Counter(i % world for i in missing), folder, watched):
