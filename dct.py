@@ -34,6 +34,7 @@ import torch.nn.functional as F
 PERCENTILES = (0.0175, 0.9825)  # the range eta and the entropies are measured in [paper, section 4.2]
 ENTROPY_BINS = 100  # bins over (-1, 1) of coefficient / eta [code]
 TOKEN_LIMIT = 2.0  # decode clamps tokens to [-2, 2] [code]
+CHANNELS = [0, 0, 0, 0, 1, 2]  # of a token's six blocks: Y, Y, Y, Y, Cb, Cr
 
 
 # ---- transforms -------------------------------------------------------------------------------------------
@@ -156,8 +157,9 @@ class DCTCodec:
     """Images to tokens and back (paper, section 4.1), on the device of its input, a batch at a time.
 
     A token covers 2B x 2B pixels and holds `keep` coefficients of each of its six blocks (see `block_coefficients`),
-    all divided by `eta`. Attributes: num_tokens = (S / 2B)^2, token_dim = 6 keep. Raises ValueError for a size 2B does
-    not divide, a `keep` outside 1..B*B or an eta that is not positive.
+    all divided by `eta`, or, where eta is (3, keep) numbers, those of Y, Cb and Cr each by its own (naive scaling).
+    Attributes: num_tokens = (S / 2B)^2, token_dim = 6 keep. Raises ValueError for a size 2B does not divide, a `keep`
+    outside 1..B*B or an eta that is not positive.
     """
 
     def __init__(self, image_size, block_size, keep, eta):
@@ -165,9 +167,13 @@ class DCTCodec:
             raise ValueError(f"image size {image_size} must be a multiple of 2 x block size = {2 * block_size}")
         if not 1 <= keep <= block_size**2:
             raise ValueError(f"keep {keep} must lie in 1..{block_size**2} for blocks of {block_size}")
-        if not eta > 0:
-            raise ValueError(f"eta {eta} must be positive: it is the scale of the Y DC coefficients")
-        self.image_size, self.block_size, self.keep, self.eta = image_size, block_size, keep, float(eta)
+        scale = torch.as_tensor(eta, dtype=torch.float64, device="cpu")  # networks are looked at on meta
+        if scale.shape not in ((), (3, keep)):
+            raise ValueError(f"eta is {tuple(scale.shape)}, expected one number or (3, {keep}), a row a channel")
+        if not (scale > 0).all():
+            raise ValueError(f"eta {eta} must be positive: it is what coefficients are divided by")
+        self.scale = scale.expand(3, keep)[CHANNELS].flatten()  # (6 keep,)
+        self.image_size, self.block_size, self.keep = image_size, block_size, keep
         self.num_tokens, self.token_dim = (image_size // (2 * block_size)) ** 2, 6 * keep
 
     def encode(self, images):
@@ -178,12 +184,14 @@ class DCTCodec:
         weight, bias = _token_matrix(self.block_size, self.keep, images.dtype, images.device)
         areas = blockify(images, 2 * self.block_size).permute(0, 2, 3, 1, 4, 5)  # (N, h, w, 3, 2B, 2B)
         with torch.autocast(images.device.type, enabled=False):
-            return F.linear(areas.reshape(len(images), self.num_tokens, -1), weight / self.eta, bias / self.eta)
+            scale = self.scale.to(weight)
+            return F.linear(areas.reshape(len(images), self.num_tokens, -1), weight / scale[:, None], bias / scale)
 
     def decode(self, tokens):
         """Tokens (N, L, 6 keep), clamped to [-2, 2] -> images (N, 3, S, S) clipped to [-1, 1]."""
         B, N, h = self.block_size, tokens.shape[0], self.image_size // (2 * self.block_size)
-        kept = _widen(tokens).clamp(-TOKEN_LIMIT, TOKEN_LIMIT).unflatten(2, (6, self.keep)) * self.eta
+        kept = _widen(tokens).clamp(-TOKEN_LIMIT, TOKEN_LIMIT)
+        kept = (kept * self.scale.to(kept)).unflatten(2, (6, self.keep))
         blocks = kept.new_zeros(*kept.shape[:3], B * B)  # (N, L, 6, B*B)
         blocks[..., zigzag(B, tokens.device)[: self.keep]] = kept
         blocks = idct2(blocks.view(N, h, h, 6, B, B)) + 128
@@ -221,7 +229,7 @@ class DCTStatistics:
         n = self.block_size**2
         # Zero sits in the middle of a bin, so that rounding noise on flat blocks cannot tip it to one side.
         index = (block_coefficients(images, self.block_size) / self.width).round_().long() + self.bins // 2
-        channel = torch.tensor([0, 0, 0, 0, 1, 2], device=images.device)[:, None] * n
+        channel = torch.tensor(CHANNELS, device=images.device)[:, None] * n
         row = channel + torch.arange(n, device=images.device)  # (6, B*B): which histogram
         index = (index.clamp_(0, self.bins - 1) + row * self.bins).flatten()
         self.counts.view(-1).scatter_add_(0, index, torch.ones_like(index))
@@ -244,6 +252,12 @@ class DCTStatistics:
         """Entropy-consistent scaling: the larger magnitude of the Y DC's two percentiles, in 8-bit levels."""
         return self._cdf()[1][0, 0].abs().max().item()
 
+    def scales(self):
+        """Naive scaling, which the paper compares: every coefficient's own larger percentile -> (3, B*B). A coefficient
+        that is zero almost everywhere has the width of a bin.
+        """
+        return self._cdf()[1].abs().amax(-1).clamp_min(self.width)
+
     def entropies(self):
         """Shannon entropy in bits of every coefficient / eta within its percentile range -> (3, B*B)."""
         cdf, percentiles = self._cdf()
@@ -262,7 +276,7 @@ def ebfr_weights(entropies, keep):
     entropies (3, B*B), zigzagged -> (6 keep,): each channel truncated to `keep`, divided by its mean.
     """
     weights = entropies[:, :keep] / entropies[:, :keep].mean(1, keepdim=True).clamp_min(1e-12)
-    return weights[[0, 0, 0, 0, 1, 2]].flatten().float()
+    return weights[CHANNELS].flatten().float()
 
 
 # ---- upsampling -------------------------------------------------------------------------------------------

@@ -130,10 +130,27 @@ def drowning_times(diffusion, power):
     return t[(snr >= 1).sum(1).clamp_max(len(t) - 1)].where(power.isfinite().cpu(), torch.nan)
 
 
+def recovery_times(times, amplitudes):
+    """The t (bands,) from which on predictions hold half of each band's final power: the last time, t falling, that
+    their `amplitudes` (bands, times), their projections on the final band, over that band, pass sqrt(1/2); between two
+    of `times` by interpolation. nan where they always were above.
+
+    Of Gaussian data, along a flow without noise, the amplitude is sqrt(SNR / (1 + SNR)), so that this t is that of
+    `drowning_times`. Noise that a network lets through does not count: it is not that of the final picture.
+    """
+    recovered = []
+    for row in amplitudes.tolist():
+        last = max((k for k, amplitude in enumerate(row) if amplitude < 0.5**0.5), default=-1)
+        both = slice(last, last + 2)
+        recovered.append(math.nan if last < 0 else float(np.interp(0.5**0.5, row[both], times[both])))
+    return recovered
+
+
 def trajectory(diffusion, protocol, stem, columns=10, rows=8):
     """Write the x0 predictions along one sampling run as a strip, and print the share of every radial band recovered
     so far (its power in the prediction over its power at the end; in latent space, of the latents): low frequencies
-    come first (DCTdiff, section 3). Beside it, the t where the forward process drowns the band (`drowning_times`).
+    come first (DCTdiff, section 3). Beside it, the t where the forward process drowns the band (`drowning_times`), and
+    the t at which half of it is recovered (`recovery_times`).
     """
     predictions = []  # (t, x0) of every evaluation
 
@@ -143,20 +160,25 @@ def trajectory(diffusion, protocol, stem, columns=10, rows=8):
 
     final = generate_by(protocol, diffusion, range(rows), note)
     chosen = np.linspace(0, len(predictions) - 1, min(columns, len(predictions))).round().astype(int)
-    times, frames = zip(*(predictions[k] for k in chosen))
-    strip = torch.stack([*map(diffusion.decode, frames), final], 1).flatten(0, 1)
-    print(f"x0 predictions, noise on the left: {save_grid(strip, f'{stem}-trajectory.png', len(frames) + 1)}")
-    power = psd(frames[-1] if diffusion.vae else final).mean(0)  # (bands,)
+    times, frames = zip(*predictions)
+    strip = torch.stack([*(diffusion.decode(frames[k]) for k in chosen), final], 1).flatten(0, 1)
+    print(f"x0 predictions, noise on the left: {save_grid(strip, f'{stem}-trajectory.png', len(chosen) + 1)}")
+    fields = [diffusion.field(x0) for x0 in frames]
+    end = fields[-1] if diffusion.vae else final
+    power = psd(end).mean(0)  # (bands,)
     power = power.where(power > 1e-9 * power.sum(), torch.nan)  # a small field has no power in some bands
-    shares = torch.stack([psd(diffusion.field(x0)).mean(0) / power for x0 in frames], 1).tolist()  # (bands, columns)
-    drowned = drowning_times(diffusion, power).tolist()
+    shares = torch.stack([psd(x).mean(0) / power for x in fields], 1)  # (bands, times)
+    products = torch.stack([(psd(end + x) - psd(end - x)).mean(0) / 4 for x in fields], 1)  # <end, x> by band
+    drowned, recovered = drowning_times(diffusion, power).tolist(), recovery_times(times, products / power[:, None])
     print("share of a band's final power in the x0 prediction, at t =")
-    print("band  SNR<1 at " + "".join(f"{t:6.2f}" for t in times))
-    for band, row in enumerate(shares):
+    print("band  SNR<1  half " + "".join(f"{times[k]:6.2f}" for k in chosen))
+    for band, row in enumerate(shares[:, chosen].tolist()):
         if math.isfinite(row[0]):
-            print(f"{band:4d}  {drowned[band]:8.2f} " + "".join(f"{share:6.2f}" for share in row))
+            row = [f"{drowned[band]:7.2f}", f"{recovered[band]:6.2f} ", *(f"{share:6.2f}" for share in row)]
+            print(f"{band:4d}" + "".join(row))
     finite = lambda values: [value if math.isfinite(value) else None for value in values]
-    table = {"t": times, "share": [finite(row) for row in shares], "snr_below_1_at": finite(drowned)}
+    table = {"t": times, "share": [finite(row) for row in shares.tolist()]}
+    table |= {"snr_below_1_at": finite(drowned), "half_recovered_at": finite(recovered)}
     train_vae.write_json(f"{stem}-trajectory.json", table | protocol)
 
 
@@ -389,7 +411,7 @@ def extract(images, count, features, batch):
     """
     n, total, products = 0, 0, 0
     kept = torch.empty(count if count * features.width * 4 <= FEATURES_KEPT else 0, features.width)
-    for _, pixels, good in images.batches(range(count), batch, min(4, os.cpu_count() or 1), "features"):
+    for _, pixels, good in images.batches(range(count), batch, min(4, train_vae.cores()), "features"):
         if good.any():
             x = features(pixels[good])
             kept[n : n + len(x)] = x[: len(kept)]

@@ -10,6 +10,7 @@ import ast
 import contextlib
 import copy
 import functools
+import importlib.util
 import io
 import itertools
 import json
@@ -42,6 +43,7 @@ import scipy.fft
 import scipy.integrate
 import scipy.linalg
 import scipy.ndimage
+import scipy.optimize
 import scipy.spatial
 import scipy.special
 import scipy.stats
@@ -165,6 +167,15 @@ def test_zigzag_colour_and_token_layout_by_hand():
     blocks = [area[0, :4, :4], area[0, :4, 4:], area[0, 4:, :4], area[0, 4:, 4:], *halves]
     for block, ours in zip(blocks, tokens[1, 1, 3]):
         np.testing.assert_allclose(ours, scipy_dct(block).flatten()[plain_zigzag(B)[:keep]] / eta, atol=1e-5)
+    # every coefficient by its own number
+    etas, one = 300 + 200 * torch.rand(3, keep), DCTCodec(32, B, keep, eta)
+    own = DCTCodec(32, B, keep, etas)
+    for block, channel in enumerate((0, 0, 0, 0, 1, 2)):
+        ours = own.encode(x).view(2, 4, 4, 6, keep)[:, :, :, block]
+        np.testing.assert_allclose(ours, tokens[:, :, :, block] * eta / etas[channel], atol=1e-5)
+    inside = own.encode(x).clamp(-0.4, 0.4)  # of which no token is clamped either way
+    again = own.decode(inside), one.decode((inside.view(2, 16, 6, keep) * etas[[0, 0, 0, 0, 1, 2]] / eta).flatten(2))
+    assert (again[0] - again[1]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("B, size", [(2, 32), (4, 32), (8, 64), (3, 24)])
@@ -199,6 +210,8 @@ def test_statistics_equal_numpy(B):
         p = np.histogram(v[(v >= low) & (v <= high)] / eta, 100, (-1, 1))[0]
         entropies[i, j] = scipy.special.entr(p / p.sum()).sum() / np.log(2)
     assert abs(once.eta() / eta - 1) < 1e-3
+    bounds = [np.abs(np.percentile(channel, [1.75, 98.25], axis=0)).max(0) for channel in channels]
+    np.testing.assert_allclose(once.scales(), bounds, rtol=0.03, atol=2 * once.width)
     np.testing.assert_allclose(once.entropies().numpy(), entropies, atol=0.03)
     weights = dct.ebfr_weights(once.entropies(), 3).view(6, 3)
     assert torch.allclose(weights.mean(1), torch.ones(6)) and torch.equal(weights[0], weights[3])
@@ -1426,6 +1439,7 @@ REFUSED = {  # what does not fit a component -> a word of the reason
     "DCTCodec(32, 4, 17, 1.0)": "keep 17 must",
     "DCTCodec(32, 4, 0, 1.0)": "keep 0 must",
     "DCTCodec(32, 4, 4, 0.0)": "eta 0.0 must",
+    "DCTCodec(32, 4, 4, torch.ones(3, 5))": r"eta is \(3, 5\), expected one number or \(3, 4\), a row a channel",
     "DCTCodec(16, 2, 3, 250.0).encode(torch.zeros(1, 3, 32, 32))": "expected",
     "DCTCodec(16, 2, 3, 250.0).encode(BYTES)": PIXEL_RANGE,
     "DCTStatistics(2).update(BYTES.long())": PIXEL_RANGE,
@@ -1571,6 +1585,23 @@ def noise_of_published_euler(beta, c, steps, stochastic):
         drift = b * (0.5 - (1 if stochastic else 0.5) / (1 - abar))
         variance = variance * (1 + (t - s) * drift) ** 2 + (t - s) * b * (stochastic and s > 0)
     return variance**0.5
+
+
+def test_naive_scaling_is_trained_kept_and_sampled(capsys):
+    flags = f"--data {write_photos('data', 12)} --size 16 --block 2 --scaling"
+    train(f"{flags} naive --out naive --steps 2")
+    etas, images = checkpoint("naive")["config"]["eta"], load_all("data", 16) / 127.5 - 1
+    coefficients = dct.block_coefficients(images, 2, 4).numpy()  # (N, L, 6, keep)
+    for row, blocks in zip(etas, (slice(0, 4), 4, 5)):
+        values = coefficients[:, :, blocks].reshape(-1, 4)
+        np.testing.assert_allclose(row, np.abs(np.percentile(values, [1.75, 98.25], 0)).max(0), rtol=0.05)
+    assert "naive: Y over " + " ".join(f"{eta:.0f}" for eta in etas[0]) in capsys.readouterr().out
+    sampling("naive --n 2 --steps 2 --out s")
+    train(f"{flags} entropy --out one --steps 1")
+    train(f"{flags} naive --init one --out other --steps 1")
+    assert "scaling naive on one side alone" in capsys.readouterr().out
+    refuses(train, {f"{flags} entropy --out naive --steps 3": "--scaling naive there, entropy now"})
+    refuses(train, {"--space pixel --scaling naive": "only for --space dct"})
 
 
 CIFAR10, FFHQ256 = (32, 2, 4, 242.382), (256, 4, 8, 485.0)  # size, block, keep, eta
@@ -1863,6 +1894,17 @@ def test_upsampling_goes_on_beside_pictures_too_large_for_pillow_to_open(monkeyp
         dct.main(dct.make_parser().parse_args(["upsample", "data", "large"]))
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # an error from twice as many on
     assert capsys.readouterr().out.count("1 images in large") == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
+def test_no_more_processes_decode_images_than_there_are_cores_to_use():
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})  # as taskset, containers and Slurm do
+        assert Processes("cpu").workers(None) == train_vae.cores() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+    assert train_vae.cores() == len(before) and Processes("cpu").workers(3) == 3
 
 
 # ---- the programs, tiny -----------------------------------------------------------------------------------
@@ -2430,6 +2472,41 @@ def test_noise_drowns_gaussian_images_when_predicted(space, path, c):
     np.testing.assert_allclose(sample.drowning_times(diffusion, power), measured, rtol=0.1)
 
 
+def test_half_of_a_gaussian_band_is_recovered_where_noise_drowns_it(capsys):
+    """By the exact denoiser of Gaussian images of slope 1.5; the SNR from the power they are made with."""
+    diffusion, r = small_diffusion(size=32, snr_scale=1.0, classes=None), np.hypot(*np.mgrid[:32, :32])
+    power = torch.from_numpy(0.05 * np.maximum(r, 1) ** -1.5).float()
+
+    def denoiser(y, guidance, interval, trace):
+        def denoise(x, t):
+            alpha, sigma = diffusion.path.alpha_sigma(like(t, x))
+            x0 = dct.idct2(dct.dct2(x) * (alpha * power / (alpha**2 * power + sigma**2)))
+            trace(t[0].item(), x0)
+            return x0, (x - alpha * x0) / sigma
+
+        return denoise
+
+    diffusion.denoiser = denoiser
+    protocol = dict(seed=0, sampler="euler", steps=250, guidance=1.0, guidance_interval=[0, 1], classes=None)
+    sample.trajectory(diffusion, protocol, "exact", rows=24)
+    table, cells = json.loads(Path("exact-trajectory.json").read_text()), power.double().numpy()
+
+    def missing(t, band):  # of a prediction along the flow's exact path, which is sqrt(SNR / (1 + SNR)) of the end
+        snr = (1 / t - 1) ** 2 * cells
+        return bands_by_loops(cells * (snr / (1 + snr)) ** 0.5)[band] / bands_by_loops(cells)[band] - 0.5**0.5
+
+    half = [scipy.optimize.brentq(missing, 1e-4, 0.9, args=band) for band in range(16)]
+    np.testing.assert_allclose(table["half_recovered_at"], half, rtol=0.05, atol=0.003)  # steps are of 0.004
+    drowned = 1 / (1 + (bands_by_loops(np.ones((32, 32))) / bands_by_loops(cells)) ** 0.5)  # ((1 - t) / t)^2 power = 1
+    np.testing.assert_allclose(table["snr_below_1_at"], drowned, rtol=0.15)
+    np.testing.assert_allclose(half, drowned, rtol=0.15)
+    assert len(table["t"]) == 250 and "SNR<1  half" in capsys.readouterr().out
+    # below after it was above: not recovered yet; above from the start: no such time
+    amplitudes = torch.tensor([[0.9, 0.2, 0.4, 2**0.5 - 0.4, 1], [0.8, 0.8, 0.9, 1, 1], [0.1, 0.2, 0.2, 0.3, 0.4]])
+    times = sample.recovery_times((1.0, 0.8, 0.6, 0.4, 0.2), amplitudes)
+    assert abs(times[0] - 0.5) < 1e-6 and math.isnan(times[1]) and times[2] == 0.2
+
+
 def test_spectrum_of_decoded_noise():
     """In DCT space against every unit impulse, and the figures of the 32-pixel codec; elsewhere noise is white."""
     more = dict(keep=12, eta=469.086, latent_shape=[4, 16, 16], scale=0.2)
@@ -2558,7 +2635,7 @@ def test_bad_input_of_sampling_is_refused_before_it_begins(trained, autoencoders
 def test_keep_auto_is_the_fewest_coefficients_by_brute_force(data, capsys, block):
     """In HOG's features, with Frechet distances of scipy's square root, over every number of coefficients."""
     x, gap = load_all(data), {}
-    measure = functools.partial(train_diffusion.measure_codec, open_pixels(data), 16, block, "auto")
+    measure = functools.partial(train_diffusion.measure_codec, open_pixels(data), 16, block, "auto", "entropy")
     features = train_vae.Features("hog", None, 16, "cpu")
     for keep in range(1, block**2 + 1):
         codec = DCTCodec(16, block, keep, 128.0 * block)
@@ -3625,6 +3702,87 @@ def documented(latents, autoencoders):
     return lambda program, pattern: [
         args for name, flags, args in parsed if name == program and re.search(pattern, flags)
     ]
+
+
+@pytest.fixture(scope="module")
+def evidence():
+    """.ci/evidence.py, which repeats the runs of assets/evidence.md."""
+    spec = importlib.util.spec_from_file_location("evidence", HERE / ".ci" / "evidence.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def commands_of(row):
+    return [command for stage in row() for chain in stage for command in chain]
+
+
+def test_commands_of_the_evidence_parse(evidence, latents):
+    """Those of its rows, which read each other's latents, and those that its text shows."""
+    for name in (*evidence.ALL, "train"):
+        amended(latents, f"{name}.latents", size=64, data="scenes64-train.zip", factor=16)
+    parsers = {"train_diffusion.py": train_diffusion.parse, "train_vae.py": train_vae.parse, "sample.py": sample.parse}
+    parsers |= {"dct.py": dct.make_parser().parse_args}
+    shown = (HERE / "assets" / "evidence.md").read_text().replace("\\\n", " ")
+    shown = re.findall(r"^python [^.].*", "".join(re.findall(r"```sh\n(.*?)```", shown, re.S)), re.M)
+    rows = {name: commands_of(row) for name, row in evidence.ROWS.items()}
+    assert len(shown) > 20 and len(rows) == 10 and all(len(set(row)) == len(row) for row in rows.values())
+    for command in itertools.chain(shown, *rows.values()):
+        _, program, *flags = shlex.split(command)
+        if program != ".ci/evidence.py":
+            parsers[program](flags)
+        else:
+            assert flags[1] in evidence.MEASURES if flags[0] == "--measure" else flags[0] in {*rows, "--write"}
+
+
+def test_tables_of_the_evidence_are_those_of_its_numbers(evidence):
+    text, store = (HERE / "assets" / "evidence.md").read_text(), evidence.Store()
+    marked = re.findall(r"<!-- table: (\w+) -->", text)
+    assert len(marked) >= 5 and {*marked} <= {*evidence.TABLES}
+    for name in marked:
+        table = evidence.TABLES[name](store)
+        assert f"<!-- table: {name} -->\n\n{table}\n" in text and table.count("\n") >= 4
+    for row, entries in store.runs.items():
+        ran = [entry["command"] for entry in entries]
+        assert len({*ran}) == len(ran) and {*ran} <= {*commands_of(evidence.ROWS[row])}
+        assert all(entry["minutes"] >= 0 and entry["machine"] for entry in entries)
+
+
+def test_a_row_of_evidence_is_run_once_and_noted(evidence, data, tmp_path, monkeypatch, capsys):
+    """By real commands, two side by side; one that fails ends the row, which then goes on where it stopped."""
+    monkeypatch.chdir(tmp_path)
+    training = f"python train_diffusion.py --data {data} --size 16 --eval-every 2 --log-every 1"
+    chains = [[f"{training} --seed {seed} --steps 2 --out runs/{seed}"] for seed in (0, 1)]
+    score = f"python sample.py runs/1 --n 8 --steps 1 --score {data} --features hog"
+    stages = [chains, [[score], [f"{training} --steps 0 --out runs/2"]]]
+    monkeypatch.setattr(evidence, "ROWS", {"tiny": lambda: stages})
+    Path("evidence.json").write_text('{"experiments": []}')
+    with pytest.raises(SystemExit, match="failed, see runs/tiny.log: .*--steps 0"):
+        evidence.run_row("tiny", 2, evidence.Store(Path("evidence.json")))
+    assert "argument --steps" in Path("runs/tiny.log").read_text()
+    stages[1].pop()
+    evidence.run_row("tiny", 2, evidence.Store(Path("evidence.json")))
+    store = evidence.Store(Path("evidence.json"))
+    assert len(store.runs["tiny"]) == 3 and capsys.readouterr().out.count(" min  python ") == 3
+    for seed, (command,) in enumerate(chains):
+        entry, last = store.entry("tiny", command), metrics(f"runs/{seed}")[-1]
+        assert (entry["seed"], entry["steps"], entry["images"]) == (seed, 2, last["images"])
+        assert entry["scores"]["loss"] == last["loss"] and len(entry["scores"]["x0_error_by_band"]["0.5"]) == 16
+    (line,) = [json.loads(text) for text in Path("runs/1/samples/scores.jsonl").read_text().splitlines()]
+    noted = store.scores("tiny", score)
+    assert noted["features"] == "hog" and all(noted[key] == line[key] for key in ("frechet_distance", "images"))
+
+
+def test_measures_of_the_evidence(evidence):
+    """By closed forms: slopes of power laws, half-way steps."""
+    for alpha in (1.0, 2.0, 3.0):  # of isotropic noise, periodic and cut out of a larger field, without its edges
+        f = np.hypot(np.fft.fftfreq(256, 1 / 256)[:, None], np.fft.fftfreq(256, 1 / 256))
+        f[0, 0] = 1
+        noise = np.random.default_rng(0).standard_normal((20, 3, 256, 256))
+        x = np.fft.ifft2(np.fft.fft2(noise) * f ** (-alpha / 2)).real[..., :64, :64]
+        assert abs(evidence.exponent_by_fourier(x) - alpha) < 0.15
+    errors = {str(step): {"0.1": [0.2 + 0.8 * 0.5 ** (step / 40), 1.0]} for step in range(10, 410, 10)}
+    assert abs(evidence.half_way(errors, 0) - 40) < 1 and evidence.half_way(errors, 1) is None
 
 
 def test_promises_name_the_tests_that_hold_them():

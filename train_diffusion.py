@@ -467,9 +467,10 @@ CODEC_IMAGES, CODEC_PIXELS = 50_000, 300e6  # looked at for eta and entropies
 KEEP_IMAGES = 5000  # looked at by --keep auto [ours; the paper: 50,000]
 
 
-def measure_codec(pixels, size, block, keep, features, threshold, processes):
-    """The codec's part of a config, measured on the data by all processes: keep, eta, entropies. Keep "auto" is that
-    of `fewest_coefficients`, where process 0 has features, or the default. Prints PSNR by keep.
+def measure_codec(pixels, size, block, keep, scaling, features, threshold, processes):
+    """The codec's part of a config, measured on the data by all processes: keep, eta (of naive scaling a number each
+    coefficient), entropies. Keep "auto" is that of `fewest_coefficients`, where process 0 has features, or the default.
+    Prints PSNR by keep.
     """
     statistics, read = DCTStatistics(block, device=processes.device), lambda where: pixels.read(where) / 127.5 - 1
     chosen = spread(pixels.indices, int(max(1, min(CODEC_IMAGES, CODEC_PIXELS / size**2))))
@@ -493,6 +494,9 @@ def measure_codec(pixels, size, block, keep, features, threshold, processes):
         for name, row in zip(("Y", "Cb", "Cr"), entropies[:, :keep].tolist()):
             print(f"         H({name}) ".ljust(15) + " ".join(f"{h:.2f}" for h in row[:12]) + " ..." * (len(row) > 12))
     keep = processes.sum(torch.tensor(keep if processes.main else 0, device=processes.device)).item()
+    if scaling == "naive":
+        eta = statistics.scales()[:, :keep].tolist()
+        processes.print("         naive: Y over " + " ".join(f"{bound:.0f}" for bound in eta[0]))
     return {"keep": keep, "eta": eta, "entropies": entropies.tolist()}
 
 
@@ -673,7 +677,8 @@ CONFIG |= {
 }
 SWITCHES = {f"{name}?": one_of(False, True) for name in ("conv", "mlp_time_embed", "qkv_bias")}
 CONFIG |= {"network?": holding(SWITCHES | {"mlp_ratio?": real(0.01, 64)})}
-BLOCK = {"block": whole(1, 256), "keep": whole(1), "eta": real(1e-30)}
+BLOCK = {"block": whole(1, 256), "keep": whole(1)}
+BLOCK |= {"eta": lambda eta: each(each(real(1e-30)), (3,))(eta if isinstance(eta, list) else [[eta]] * 3)}
 BLOCK |= {"entropies": each(each(real(), range(1, 2**16 + 1)), (3,))}
 LATENT_SHAPE = {"latent_shape": each(whole(1, SIDE), (3,)), "autoencoder": string}
 SPACES = {"pixel": {}, "dct": BLOCK, "latent": LATENT_SHAPE}
@@ -806,7 +811,9 @@ def make_network(config, seed, init=None, allow_partial=False, write=print):
         write(f"         read as a {name}, as the path is {config['path']}; the keys of DiTs and SiTs are the same")
     names = [name for name in ("space", "path", "predict", "snr_scale", "block", "autoencoder") if name in theirs]
     others = [f"{name} {theirs[name]} there, {config[name]} here" for name in names if theirs[name] != config.get(name)]
-    if "eta" in theirs and not math.isclose(theirs["eta"], config["eta"], rel_tol=0.01):
+    if "eta" in theirs and {np.ndim(theirs["eta"]), np.ndim(config["eta"])} == {0, 2}:
+        others.append("scaling naive on one side alone")
+    elif np.ndim(theirs.get("eta", [])) == 0 and not math.isclose(theirs["eta"], config["eta"], rel_tol=0.01):
         others.append(f"eta {theirs['eta']:.1f} there, {config['eta']:.1f} here, of this data")
     if theirs.get("space") == config["space"] == "latent":
         scales = [torch.tensor(norm.get("scale", SD_SCALE)) for norm in (theirs, config)]
@@ -928,7 +935,8 @@ def train(args):
     if run.checkpoint:
         config = run.checkpoint["config"]
     elif args.space == "dct":
-        measured = measure_codec(pixels, args.size, args.block, args.keep, features, args.keep_threshold, processes)
+        codec = args.size, args.block, args.keep, args.scaling
+        measured = measure_codec(pixels, *codec, features, args.keep_threshold, processes)
         config, features = config | measured, None
     elif vae and not config["scale"]:
         config |= latent_norm(latent_statistics(vae, pixels, device), args.latent_norm or "one")
@@ -1072,7 +1080,7 @@ def recipe(first):
         scale = float(block**2) if path == "flow" else SNR_SCALE[nearest]
         if first.features in (None, "inception"):
             values["keep_threshold"] = 0.5
-        values |= {"block": block, "keep": default_keep(block, size), "snr_scale": scale}
+        values |= {"block": block, "keep": default_keep(block, size), "scaling": "entropy", "snr_scale": scale}
     else:
         values |= {"ebfr": None, "snr_scale": 1.0}
     name = f"{short_name(first.latents or first.data or values['data'])}-{size}-{space}"
@@ -1131,6 +1139,8 @@ def parse(argv=None):
     spec = "of --keep auto: inception, hog or REPO:ENTRY (default: none, the number that is the default of --keep)"
     add("--features", metavar="SPEC", help=spec)
     add("--features-weights", metavar="FILE", help="local Inception weights (default: torch-fidelity downloads them)")
+    scaling = "of coefficients: all by one eta (entropy-consistent), or each by its own, as the paper compares"
+    add("--scaling", choices=("entropy", "naive"), help=scaling)
     add("--ebfr", action=switch, help="entropy-based frequency reweighting")
     add("--classes", action=switch, help="train with classes (default: where the data has them)")
     add("--label-dropout", type=fraction, default=0.1, metavar="P", help="share of labels made the null class")
@@ -1162,8 +1172,8 @@ def parse(argv=None):
         raise InputError(f"--size {args.size}: {args.latents} is of {args.defaults['size']} pixels; leave it out")
     if args.space == "dct":
         make_codec(unmeasured(vars(args)))  # raises where size, block and keep do not fit together
-    elif args.block or args.keep or args.ebfr:
-        raise InputError("--block, --keep, --ebfr: only for --space dct")
+    elif args.block or args.keep or args.scaling or args.ebfr:
+        raise InputError("--block, --keep, --scaling, --ebfr: only for --space dct")
     chosen = args.features or args.features_weights or args.keep_threshold != args.defaults["keep_threshold"]
     if args.keep != "auto" and chosen:
         raise InputError("--features, --keep-threshold: are for --keep auto; leave them out")

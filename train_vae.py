@@ -1366,6 +1366,11 @@ def meet(rank, world):
     return dist.PrefixStore(prefix, store)
 
 
+def cores():
+    """How many cores this process may use: containers and Slurm leave it fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Processes:
     """This process among those of torchrun (NCCL on GPUs, Gloo on CPU), or alone."""
 
@@ -1438,7 +1443,7 @@ class Processes:
 
     def workers(self, count):
         """How many processes decode images for this one, where --workers does not say."""
-        return min(8, (os.cpu_count() or 1) // self.local_world) if count is None else count
+        return min(8, cores() // self.local_world) if count is None else count
 
     def print(self, text):
         if self.main:
