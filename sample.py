@@ -163,13 +163,15 @@ def trajectory(diffusion, protocol, stem, columns=10, rows=8):
     times, frames = zip(*predictions)
     strip = torch.stack([*(diffusion.decode(frames[k]) for k in chosen), final], 1).flatten(0, 1)
     print(f"x0 predictions, noise on the left: {save_grid(strip, f'{stem}-trajectory.png', len(chosen) + 1)}")
-    fields = [diffusion.field(x0) for x0 in frames]
-    end = fields[-1] if diffusion.vae else final
+    end = frames[-1] if diffusion.vae else final
     power = psd(end).mean(0)  # (bands,)
     power = power.where(power > 1e-9 * power.sum(), torch.nan)  # a small field has no power in some bands
-    shares = torch.stack([psd(x).mean(0) / power for x in fields], 1)  # (bands, times)
-    products = torch.stack([(psd(end + x) - psd(end - x)).mean(0) / 4 for x in fields], 1)  # <end, x> by band
-    drowned, recovered = drowning_times(diffusion, power).tolist(), recovery_times(times, products / power[:, None])
+    shares, amplitudes = [], []
+    for x in map(diffusion.field, frames):  # one at a time: there may be many, and large
+        shares.append(psd(x).mean(0) / power)
+        amplitudes.append((psd(end + x) - psd(end - x)).mean(0) / 4 / power)  # <end, x> / <end, end>
+    shares, amplitudes = torch.stack(shares, 1), torch.stack(amplitudes, 1)  # (bands, times)
+    drowned, recovered = drowning_times(diffusion, power).tolist(), recovery_times(times, amplitudes)
     print("share of a band's final power in the x0 prediction, at t =")
     print("band  SNR<1  half " + "".join(f"{times[k]:6.2f}" for k in chosen))
     for band, row in enumerate(shares[:, chosen].tolist()):

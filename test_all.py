@@ -1600,6 +1600,10 @@ def test_naive_scaling_is_trained_kept_and_sampled(capsys):
     train(f"{flags} entropy --out one --steps 1")
     train(f"{flags} naive --init one --out other --steps 1")
     assert "scaling naive on one side alone" in capsys.readouterr().out
+    train(
+        f"{flags.removesuffix(' --block 2 --scaling')} --space pixel --init one --init-partial --out pixels --steps 1"
+    )
+    assert "space dct there, pixel here" in capsys.readouterr().out
     refuses(train, {f"{flags} entropy --out naive --steps 3": "--scaling naive there, entropy now"})
     refuses(train, {"--space pixel --scaling naive": "only for --space dct"})
 

@@ -811,10 +811,12 @@ def make_network(config, seed, init=None, allow_partial=False, write=print):
         write(f"         read as a {name}, as the path is {config['path']}; the keys of DiTs and SiTs are the same")
     names = [name for name in ("space", "path", "predict", "snr_scale", "block", "autoencoder") if name in theirs]
     others = [f"{name} {theirs[name]} there, {config[name]} here" for name in names if theirs[name] != config.get(name)]
-    if "eta" in theirs and {np.ndim(theirs["eta"]), np.ndim(config["eta"])} == {0, 2}:
-        others.append("scaling naive on one side alone")
-    elif np.ndim(theirs.get("eta", [])) == 0 and not math.isclose(theirs["eta"], config["eta"], rel_tol=0.01):
-        others.append(f"eta {theirs['eta']:.1f} there, {config['eta']:.1f} here, of this data")
+    if theirs["space"] == config["space"] == "dct":
+        naive = [isinstance(eta, list) for eta in (theirs["eta"], config["eta"])]
+        if any(naive) and not all(naive):
+            others.append("scaling naive on one side alone")
+        elif not any(naive) and not math.isclose(theirs["eta"], config["eta"], rel_tol=0.01):
+            others.append(f"eta {theirs['eta']:.1f} there, {config['eta']:.1f} here, of this data")
     if theirs.get("space") == config["space"] == "latent":
         scales = [torch.tensor(norm.get("scale", SD_SCALE)) for norm in (theirs, config)]
         if not torch.allclose(*torch.broadcast_tensors(*scales), rtol=0.1):
@@ -1129,8 +1131,8 @@ def parse(argv=None):
     add("--predict", choices=PREDICTIONS, help="what the network predicts")
     add("--t-sampling", choices=("uniform", "logit-normal"), help="distribution of t")
     add("--t-logit-normal", type=finite, nargs=2, default=[0.5, 1.0], metavar=("MEAN", "STD"), help="of logit t")
-    scaling = "SNR scaling: in DCT space B^2 on flow and by size on vp, elsewhere 1"
-    add("--snr-scale", type=at_least(1e-9, float), metavar="C", help=scaling)
+    text = "SNR scaling: in DCT space B^2 on flow and by size on vp, elsewhere 1"
+    add("--snr-scale", type=at_least(1e-9, float), metavar="C", help=text)
     add("--block", type=at_least(1, most=256), metavar="B", help="DCT block size")
     fewest = "coefficients kept per block; auto: the fewest whose truncation costs less than --keep-threshold"
     add("--keep", type=number_or_auto, metavar="K", help=fewest)
@@ -1139,24 +1141,22 @@ def parse(argv=None):
     spec = "of --keep auto: inception, hog or REPO:ENTRY (default: none, the number that is the default of --keep)"
     add("--features", metavar="SPEC", help=spec)
     add("--features-weights", metavar="FILE", help="local Inception weights (default: torch-fidelity downloads them)")
-    scaling = "of coefficients: all by one eta (entropy-consistent), or each by its own, as the paper compares"
-    add("--scaling", choices=("entropy", "naive"), help=scaling)
+    add("--scaling", choices=("entropy", "naive"), help="coefficients over one eta, or each over its own (ablation)")
     add("--ebfr", action=switch, help="entropy-based frequency reweighting")
     add("--classes", action=switch, help="train with classes (default: where the data has them)")
     add("--label-dropout", type=fraction, default=0.1, metavar="P", help="share of labels made the null class")
     add = parser.add_argument_group("alignment").add_argument
     methods = "align hidden tokens to an encoder's: raw, spatially normalised, or without their low spatial frequencies"
     add("--repa", choices=("repa", "irepa", "dog"), help=f"{methods} (default: off)")
-    spec = "hog, or a torch.hub entry REPO:ENTRY, REPO a local folder or on GitHub"
-    add("--encoder", metavar="SPEC", help=spec)
+    add("--encoder", metavar="SPEC", help="hog, or a torch.hub entry REPO:ENTRY, REPO a local folder or on GitHub")
     add("--repa-depth", type=count, metavar="K", help="the block after which tokens are aligned")
     add("--repa-weight", type=at_least(0, float), metavar="W", help="of the alignment loss")
     add("--repa-stop", type=count, metavar="STEP", help="align no longer from this step on (default: never)")
     sigmas = "of dog, in tokens: a band-pass, a high-pass where S1 is 0; S2 may be inf"
     add("--repa-sigmas", type=float, nargs=2, metavar=("S1", "S2"), help=sigmas)
     add("--repa-width", type=at_least(1, most=2**16), metavar="N", help="width of repa's projector")
-    cached = "keep the encoder's tokens of all images and mirror images, made at the first use (default: off)"
-    add("--cache-targets", metavar="FOLDER", help=cached)
+    text = "keep the encoder's tokens of all images and mirror images, made at the first use (default: off)"
+    add("--cache-targets", metavar="FOLDER", help=text)
     add("--rmsc", action="store_true", help="only measure the targets of --encoder on the data, train nothing")
     add_training_flags(parser)
     args = parser.complete(argv, recipe)

@@ -15,7 +15,6 @@ import concurrent.futures
 import itertools
 import json
 import os
-import queue
 import re
 import shlex
 import subprocess
@@ -27,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the programs
 STORE, TEXT = ROOT / "assets" / "evidence.json", ROOT / "assets" / "evidence.md"
 RESNET = "ENCODER:cifar10_resnet"
 ME = "python .ci/evidence.py"
@@ -212,7 +212,7 @@ def spectra(count=10_000, std=0.25):
 
 def exponent_by_fourier(x):
     """alpha by other means: least squares through log power of numpy's FFT of windowed images over log frequency, each
-    whole frequency from 1 to half the side once.
+    whole frequency from 2 to half the side once.
     """
     side = x.shape[-1]
     window = np.outer(np.hanning(side), np.hanning(side))
@@ -235,6 +235,7 @@ LAWS = {
 
 
 def exponents():
+    """alpha of the data sets (of 1,000 images at most) by this code and by other means."""
     from spectral_losses import power_law_exponent
 
     found = {}
@@ -431,12 +432,11 @@ def note(command, printed=""):
     return entry | {"scores": loss | {"x0_error_by_band": errors}}
 
 
-def machine(jobs):
+def machine(cores, jobs):
     import torch
 
     info = Path("/proc/cpuinfo")
     name = re.search(r"model name\s*: (.*)", info.read_text()).group(1) if info.exists() else "a CPU"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cores} cores of {name}"
     return f"{device}, torch {torch.__version__}, {jobs} command{'s' * (jobs > 1)} at a time"
 
@@ -470,36 +470,29 @@ class Store:
 
 def run_row(row, jobs, store):
     """Run what is missing, `jobs` chains at a time, each on its share of the cores. Ends the program at a failure."""
-    name, slots = machine(jobs), queue.Queue()
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
-    for i in range(jobs):
-        slots.put([str(core) for core in cores[i::jobs]])
+    from train_vae import cores
+
+    name, failed = machine(cores(), jobs), []
+    env = dict(os.environ, OMP_NUM_THREADS=str(max(1, cores() // jobs)))
     Path("runs").mkdir(exist_ok=True)
 
     def run(chain):
-        mine = slots.get()
-        try:
-            for command in chain:
-                if store.entry(row, command) or failed:
-                    continue
-                words = shlex.split(command)
-                env = dict(os.environ, OMP_NUM_THREADS=str(len(mine)))
-                start = time.time()
-                words = [sys.executable, str(ROOT / words[1]), *words[2:]]
-                done = subprocess.run(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-                with open(f"runs/{row}.log", "a") as log:
-                    log.write(f"$ {command}\n{done.stdout}")
-                if done.returncode:
-                    failed.append(command)
-                    continue
-                entry = {"command": command, "minutes": round((time.time() - start) / 60, 2), "machine": name}
-                store.add(row, entry | note(command, done.stdout))
-                print(f"{entry['minutes']:7.1f} min  {command}", flush=True)
-        finally:
-            slots.put(mine)
+        for command in chain:
+            if store.entry(row, command) or failed:
+                continue
+            start, words = time.time(), shlex.split(command)
+            words = [sys.executable, str(ROOT / words[1]), *words[2:]]
+            done = subprocess.run(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            with open(f"runs/{row}.log", "a") as log:
+                log.write(f"$ {command}\n{done.stdout}")
+            if done.returncode:
+                failed.append(command)
+                continue
+            entry = {"command": command, "minutes": round((time.time() - start) / 60, 2), "machine": name}
+            store.add(row, entry | note(command, done.stdout))
+            print(f"{entry['minutes']:7.1f} min  {command}", flush=True)
 
     for stage in ROWS[row]():
-        failed = []
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
             list(pool.map(run, stage))
         if failed:
@@ -757,7 +750,6 @@ def main():
     add("--measure", choices=MEASURES, help="what no program measures, into runs/MEASURE.json")
     args = parser.parse_args()
     if args.measure:
-        sys.path.insert(0, str(ROOT))
         Path("runs").mkdir(exist_ok=True)
         found = MEASURES[args.measure]()
         return Path("runs", f"{args.measure}.json").write_text(json.dumps(found))
