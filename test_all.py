@@ -3725,6 +3725,7 @@ def test_commands_of_the_evidence_parse(evidence, latents):
     """Those of its rows, which read each other's latents, and those that its text shows."""
     for name in (*evidence.ALL, "train"):
         amended(latents, f"{name}.latents", size=64, data="scenes64-train.zip", factor=16)
+    amended(latents, "kl32.latents", size=32, data="cifar10-train.zip", factor=8)
     parsers = {"train_diffusion.py": train_diffusion.parse, "train_vae.py": train_vae.parse, "sample.py": sample.parse}
     parsers |= {"dct.py": dct.make_parser().parse_args}
     shown = (HERE / "assets" / "evidence.md").read_text().replace("\\\n", " ")

@@ -106,29 +106,38 @@ def codec():
     return [[[f"{ME} --measure codec"]]]
 
 
-NETWORKS, SPACES = ("dit-nano", "uvit-nano"), {"dct": "", "pixel": "/8"}  # 16 tokens of 8 x 8 pixels
+NETWORKS = ("dit-nano", "uvit-nano")
+SPACES = {  # 16 tokens each, of 8 x 8 pixels
+    "dct": "--data cifar10-train.zip --space dct --model {}",
+    "pixel": "--data cifar10-train.zip --space pixel --model {}/8",
+    "latent": "--latents kl32.latents --model {}/2",
+}
 
 
-def on_cifar10(row, name, model, flags, seed, snapshots=(1000,)):
+def on_cifar10(run, flags, seed, snapshots=(1000,)):
     """A run on CIFAR-10 with classes, 64,000 images, scored at `snapshots`."""
-    run = f"runs/{row}-{name}-{seed}"
-    train = f"python train_diffusion.py --data cifar10-train.zip --model {model}{flags} --steps 1000"
     states = [f"{run}/checkpoint-{step:07d}.pt" if step < 1000 else run for step in snapshots]
     marks = " --snapshot-every 250" * (len(snapshots) > 1)
-    chain = [f"{train}{marks} --seed {seed} --workers 1 --out {run}"]
-    return chain + [line for state in states for line in scored(state, 2000, "cifar10-test.zip")]
+    train = f"python train_diffusion.py {flags} --steps 1000{marks} --seed {seed} --workers 1 --out {run}"
+    return [train, *(line for state in states for line in scored(state, 2000, "cifar10-test.zip"))]
 
 
 def spaces():
-    chains, alone = [], []
-    for network in NETWORKS:
-        for space, patch in SPACES.items():
-            where = (f"{space}-{network}", network + patch, f" --space {space}")
-            chains += [on_cifar10("spaces", *where, seed, (250, 500, 1000)) for seed in (0, 1)]
-            alone.append(
-                f"python train_diffusion.py --data cifar10-train.zip --model {where[1]}{where[2]} --benchmark 30"
-            )
-    return [chains, [alone]]
+    def chain(space, network, seed):
+        run = f"runs/spaces-{space}-{network}-{seed}"
+        return on_cifar10(run, SPACES[space].format(network), seed, (250, 500, 1000))
+
+    train = "python train_vae.py --data cifar10-train.zip --val cifar10-test.zip --size 32 --steps 1300 --batch 32"
+    autoencoder = [
+        f"{train} --eval-every 2000 --regularizer kl --workers 1 --out runs/kl32",
+        "python train_vae.py --encode cifar10-train.zip --ckpt runs/kl32 --workers 1 --out kl32.latents",
+        f"python train_vae.py --spectrum runs/kl32 --data cifar10-test.zip --features {RESNET} --out runs/spectrum32",
+    ]
+    runs = [(space, network, seed) for seed in SEEDS["spaces"] for network in NETWORKS for space in SPACES]
+    first, last = ([chain(*run) for run in runs if (run[0] == "latent") == late] for late in (False, True))
+    models = [SPACES[space].format(network) for network in NETWORKS for space in SPACES]
+    alone = [f"python train_diffusion.py {model} --seed {k} --benchmark 60" for k in range(3) for model in models]
+    return [[autoencoder, *first], last, [alone], [[f"{ME} --measure spaces-samples"]]]
 
 
 CHANGES = {"ebfr": "--ebfr", "naive": "--scaling naive"} | {f"c{c}": f"--snr-scale {c}" for c in (1, 2, 4)}
@@ -136,13 +145,14 @@ CHANGES |= {f"keep{keep}": f"--keep {keep}" for keep in (4, 6, 12, 16)}
 
 
 def design():
-    flags = {name: f" --space dct {change}" for name, change in CHANGES.items()}
-    return [[on_cifar10("design", name, "dit-nano", flags[name], seed) for seed in (0, 1) for name in CHANGES]]
+    dct = SPACES["dct"].format("dit-nano")
+    chain = lambda name, seed: on_cifar10(f"runs/design-{name}-{seed}", f"{dct} {CHANGES[name]}", seed)
+    return [[chain(name, seed) for seed in SEEDS["design"] for name in CHANGES]]
 
 
 def autoregression():
-    runs = [f"runs/spaces-{space}-dit-nano-{seed}" for seed in (0, 1) for space in SPACES]
-    return [[[f"python sample.py {run} --trajectory --steps 100"] for run in runs]]
+    runs = [f"runs/spaces-{space}-dit-nano-{seed}" for seed in (0, 1) for space in ("dct", "pixel")]
+    return [[[f"python sample.py {run} --trajectory --steps 100 --seed {k}" for k in range(4)] for run in runs]]
 
 
 ALIGNMENTS = {"none": "", "repa": "--repa repa", "irepa": "--repa irepa"}
@@ -156,7 +166,7 @@ def alignment():
         train = "python train_diffusion.py --data scenes64-train.zip --latents esm.latents --steps 400"
         return [f"{train}{more} --seed {seed} --workers 1 --out {run}", *scored(run, 1000, "scenes64-train.zip")]
 
-    first, *others = [chain(name, seed) for seed in (0, 1, 2) for name in ALIGNMENTS][1:]
+    first, *others = [chain(name, seed) for seed in SEEDS["alignment"] for name in ALIGNMENTS][1:]
     return [[first, chain("none", 0)], others]  # the first one makes the targets that the others read
 
 
@@ -169,6 +179,7 @@ def picture():
 ROWS = {"bias": bias, "laws": laws, "matched": matched, "spaces": spaces, "design": design}
 ROWS |= {"autoregression": autoregression, "alignment": alignment, "upsampling": upsampling, "codec": codec}
 ROWS |= {"picture": picture}
+SEEDS = {"spaces": (0, 1), "design": (0, 1), "alignment": (0, 1, 2)}
 
 
 # ---- measures that no program has -------------------------------------------------------------------------
@@ -316,17 +327,26 @@ def reconstructions(count=2000):
     return {"images": count}
 
 
-def sheet(count=8):
-    """The first samples of every autoencoder's diffusion, a row each, as runs/matched-samples.png."""
+def sheet(name, runs, size, columns):
+    """The first samples of runs, a row of pictures each, as runs/NAME.png."""
     from PIL import Image
 
-    made = Image.new("RGB", (66 * count, 66 * len(AUTOENCODERS)))
-    for row, name in enumerate(AUTOENCODERS):
-        files = sorted(Path(f"runs/{name}-p4-0/samples/step1000-euler20-g1-seed0").glob("*.png"))
-        for column, file in enumerate(files[:count]):
-            made.paste(Image.open(file), (66 * column + 1, 66 * row + 1))
-    made.save("runs/matched-samples.png")
-    return {"images": count * len(AUTOENCODERS)}
+    made = Image.new("RGB", ((size + 2) * columns, (size + 2) * len(runs)))
+    for row, run in enumerate(runs):
+        files = sorted(Path(run, "samples/step1000-euler20-g1-seed0").glob("*.png"))
+        for column, file in enumerate(files[:columns]):
+            made.paste(Image.open(file), ((size + 2) * column + 1, (size + 2) * row + 1))
+    made.save(f"runs/{name}.png")
+    return {"images": columns * len(runs)}
+
+
+def matched_samples():
+    return sheet("matched-samples", [f"runs/{name}-p4-0" for name in AUTOENCODERS], 64, 8)
+
+
+def spaces_samples():
+    runs = [f"runs/spaces-{space}-{network}-0" for network in NETWORKS for space in SPACES]
+    return sheet("spaces-samples", runs, 32, 20)
 
 
 KEEPS = {2: (1, 2, 3, 4), 4: (1, 2, 4, 6, 9, 12, 16), 8: (1, 4, 9, 18, 27, 36, 64)}
@@ -370,7 +390,8 @@ def codecs(size=64):
 
 
 MEASURES = {"spectra": spectra, "laws": exponents, "reconstructions": reconstructions, "halved": halved}
-MEASURES |= {"upsampled": upsampled, "codec": codecs, "sheet": sheet}
+MEASURES |= {"upsampled": upsampled, "codec": codecs, "sheet": matched_samples}
+MEASURES["spaces-samples"] = spaces_samples
 
 
 # ---- running and noting -----------------------------------------------------------------------------------
@@ -416,7 +437,7 @@ def note(command, printed=""):
     if "--benchmark" in words:
         return {"scores": {"images_per_s": float(re.search(r"training +([\d.]+) images/s", printed)[1])}}
     if "--trajectory" in words:
-        (file,) = Path(words[2], "samples").glob("*-trajectory.json")
+        (file,) = Path(words[2], "samples").glob(f"*-seed{given('--seed')}-trajectory.json")
         return {"scores": some(json.loads(file.read_text()), "snr_below_1_at half_recovered_at")}
     logged = lines(Path(given("--out"), "metrics.jsonl"))
     training, evaluations = ([line for line in logged if ("lr" in line) == flag] for flag in (True, False))
@@ -596,28 +617,30 @@ def spectra_table(store):
     return markdown(head, rows)
 
 
+def cells(scores):
+    """FD and 1000 KD of scores in the same features, a seed each."""
+    digits = 3 if scores and scores[0]["features"] == RESNET else 4
+    distances = [("frechet_distance", 1, digits), ("kid", 1000, digits - 2)]
+    return [several([scale * score[key] for score in scores], f".{d}f") for key, scale, d in distances]
+
+
+def of_run(store, row, run, features, state=""):
+    """The scores of all seeds of a run, noted so far."""
+    found = [store.scores(row, command_of(row, f"{run}-{seed}{state} --n", features)) for seed in SEEDS[row]]
+    return [score for score in found if score]
+
+
+FDS = ["FD", "KD", "FD, HOG", "KD, HOG"]
+
+
 def matched_table(store):
     rows = []
     for name in ALL:
         _, distances = matched_values(store, name)
-        cells = [name]
-        for (features, _), scores in distances.items():
-            digits = 3 if features == RESNET else 4
-            cells.append(several([score["frechet_distance"] for score in scores], f".{digits}f"))
-            cells.append(several([1000 * score["kid"] for score in scores], f".{digits - 2}f"))
-        rows.append(cells)
-    head = [
-        "regulariser",
-        "FD",
-        "KD",
-        "FD to own",
-        "KD to own",
-        "FD, HOG",
-        "KD, HOG",
-        "FD to own, HOG",
-        "KD to own, HOG",
-    ]
-    return markdown(head, rows)
+        rows.append([name, *(cell for scores in distances.values() for cell in cells(scores))])
+    return markdown(
+        ["regulariser", "FD", "KD", "FD to own", "KD to own", *FDS[2:], "FD to own, HOG", "KD to own, HOG"], rows
+    )
 
 
 PREDICTORS = {
@@ -671,6 +694,84 @@ def laws_table(store):
     return markdown(["data", "images", "alpha", "by Fourier"], rows)
 
 
+def space_of(store, space, network):
+    """{(features, steps): scores of both seeds} of a network in a space."""
+    run, states = f"spaces-{space}-{network}", {250: "/checkpoint-0000250.pt", 500: "/checkpoint-0000500.pt", 1000: ""}
+    return {
+        (f, step): of_run(store, "spaces", run, f, state) for f in (RESNET, "hog") for step, state in states.items()
+    }
+
+
+def spaces_table(store):
+    rows = []
+    for network, space in itertools.product(NETWORKS, SPACES):
+        scores, model = space_of(store, space, network), SPACES[space].format(network)
+        speeds = [store.scores("spaces", command_of("spaces", f"{model} --seed {k} --benchmark")) for k in range(3)]
+        speeds = sorted(speed["images_per_s"] for speed in speeds if speed)
+        early = [cells(scores[RESNET, step])[0] for step in (250, 500)]
+        last = [cell for features in (RESNET, "hog") for cell in cells(scores[features, 1000])]
+        speed = f"{speeds[1]:.0f} ({speeds[0]:.0f} to {speeds[-1]:.0f})" if len(speeds) == 3 else "-"
+        rows.append([network, space, *early, *last, speed])
+    head = ["network", "space", "FD, 16,000 images", "FD, 32,000", "FD, 64,000", *FDS[1:], "images/s, one core"]
+    return markdown(head, rows)
+
+
+def spaces_figure(store, plt):
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for axes, features, title in zip(panels, (RESNET, "hog"), ("ResNet", "HOG")):
+        for (k, space), network in itertools.product(enumerate(SPACES), NETWORKS):
+            scores = space_of(store, space, network)
+            points = [
+                (64 * step, score["frechet_distance"]) for step in (250, 500, 1000) for score in scores[features, step]
+            ]
+            if points:
+                style = "o-" if network == NETWORKS[0] else "s--"
+                means = {x: np.mean([y for at, y in points if at == x]) for x, _ in points}
+                axes.plot(means.keys(), means.values(), style[1:], color=f"C{k}", label=f"{space}, {network}")
+                axes.plot(*zip(*points), style[0], ms=4, color=f"C{k}")
+        axes.set(xlabel="training images", ylabel=f"FD, {title} features", ylim=(0, None), xlim=(0, 68_000))
+    panels[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def design_table(store):
+    base = {features: of_run(store, "spaces", "spaces-dct-dit-nano", features) for features in (RESNET, "hog")}
+    rows = [["no EBFR, one eta, c 16, keep 9", *(cell for scores in base.values() for cell in cells(scores))]]
+    for name, change in CHANGES.items():
+        found = [cells(of_run(store, "design", f"design-{name}", features)) for features in (RESNET, "hog")]
+        rows.append([f"`{change}`", *itertools.chain(*found)])
+    return markdown(["", *FDS], rows)
+
+
+def autoregression_table(store):
+    """Means over both runs and the seeds of sampling, and the range of the measured ones."""
+    rows, bands = [], range(8)
+    for space in ("dct", "pixel"):
+        commands = [command for chain in autoregression()[0] for command in chain if f"-{space}-" in command]
+        found = [scores for command in commands if (scores := store.scores("autoregression", command))]
+        values = {
+            key: np.array([score[key] for score in found], float) for key in ("snr_below_1_at", "half_recovered_at")
+        }
+        if found:
+            predicted, measured = (v[:, : len(bands)] for v in values.values())
+            rows.append([f"{space}, predicted", *(f"{value:.3f}" for value in predicted.mean(0))])
+            rows.append([f"{space}, measured", *(f"{value:.3f}" for value in measured.mean(0))])
+            spread = zip(measured.min(0), measured.max(0))
+            rows.append(["  least and largest", *(f"{low:.2f}, {high:.2f}" for low, high in spread)])
+    return markdown(["t of band", *map(str, bands)], rows)
+
+
+def alignment_table(store):
+    rows = []
+    for name in ALIGNMENTS:
+        found = [of_run(store, "alignment", f"align-{name}", features) for features in ("hog", RESNET)]
+        means = [
+            f"{np.mean([score['frechet_distance'] for score in scores]):.4f}" if scores else "-" for scores in found
+        ]
+        rows.append([name, *(cell for scores, mean in zip(found, means) for cell in (*cells(scores), mean))])
+    return markdown(["", "FD, HOG", "KD, HOG", "mean FD, HOG", "FD", "KD", "mean FD"], rows)
+
+
 def upsampling_table(store):
     found, rows = store.scores("upsampling", command_of("upsampling", "--measure upsampled")) or {}, []
     for name in METHODS if found else ():
@@ -701,10 +802,11 @@ def codec_table(store):
 
 
 TABLES = {"bias": bias_table, "laws": laws_table, "spectra": spectra_table, "matched": matched_table}
-TABLES |= {"correlation": correlation_table}
+TABLES |= {"correlation": correlation_table, "spaces": spaces_table, "design": design_table}
+TABLES |= {"autoregression": autoregression_table, "alignment": alignment_table}
 TABLES |= {"upsampling": upsampling_table, "codec": codec_table}
 OF_ROW = {"matched": ("spectra", "matched", "correlation")}
-FIGURES = {"bias": bias_figure, "matched": matched_figure}
+FIGURES = {"bias": bias_figure, "matched": matched_figure, "spaces": spaces_figure}
 
 
 def write(store):
