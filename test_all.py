@@ -3759,7 +3759,8 @@ def test_a_row_of_evidence_is_run_once_and_noted(evidence, data, tmp_path, monke
     training = f"python train_diffusion.py --data {data} --size 16 --eval-every 2 --log-every 1"
     chains = [[f"{training} --seed {seed} --steps 2 --out runs/{seed}"] for seed in (0, 1)]
     score = f"python sample.py runs/1 --n 8 --steps 1 --score {data} --features hog"
-    stages = [chains, [[score], [f"{training} --steps 0 --out runs/2"]]]
+    trajectory = "python sample.py runs/1 --trajectory --steps 2 --seed 3"
+    stages = [chains, [[score, trajectory], [f"{training} --steps 0 --out runs/2"]]]
     monkeypatch.setattr(evidence, "ROWS", {"tiny": lambda: stages})
     Path("evidence.json").write_text('{"experiments": []}')
     with pytest.raises(SystemExit, match="failed, see runs/tiny.log: .*--steps 0"):
@@ -3768,7 +3769,7 @@ def test_a_row_of_evidence_is_run_once_and_noted(evidence, data, tmp_path, monke
     stages[1].pop()
     evidence.run_row("tiny", 2, evidence.Store(Path("evidence.json")))
     store = evidence.Store(Path("evidence.json"))
-    assert len(store.runs["tiny"]) == 3 and capsys.readouterr().out.count(" min  python ") == 3
+    assert len(store.runs["tiny"]) == 4 and capsys.readouterr().out.count(" min  python ") == 4
     for seed, (command,) in enumerate(chains):
         entry, last = store.entry("tiny", command), metrics(f"runs/{seed}")[-1]
         assert (entry["seed"], entry["steps"], entry["images"]) == (seed, 2, last["images"])
@@ -3776,6 +3777,10 @@ def test_a_row_of_evidence_is_run_once_and_noted(evidence, data, tmp_path, monke
     (line,) = [json.loads(text) for text in Path("runs/1/samples/scores.jsonl").read_text().splitlines()]
     noted = store.scores("tiny", score)
     assert noted["features"] == "hog" and all(noted[key] == line[key] for key in ("frechet_distance", "images"))
+    printed = Path("runs/tiny.log").read_text()
+    assert all(f"period {side}: {value:.2f} " in printed for side, value in noted["patch_artefacts"].items())
+    (file,) = Path("runs/1/samples").glob("*-trajectory.json")
+    assert store.scores("tiny", trajectory)["half_recovered_at"] == json.loads(file.read_text())["half_recovered_at"]
 
 
 def test_measures_of_the_evidence(evidence):

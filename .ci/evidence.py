@@ -423,7 +423,9 @@ def note(command, printed=""):
         found = lines((Path(folder).parent if folder else run / "samples") / "scores.jsonl")
         ours = lambda line: line["folder"] == folder if folder else "checkpoint_step" in line
         found = [line for line in found if line["features"] == features and ours(line)]
-        return {"scores": some(found[-1], SCORES) | {"features": features}}
+        artefacts = re.findall(r"patch artefacts, period (\d+): ([\d.]+)", printed)
+        artefacts = {"patch_artefacts": {period: float(value) for period, value in artefacts}} if artefacts else {}
+        return {"scores": some(found[-1], SCORES) | artefacts | {"features": features}}
     if "--spectrum" in words:
         found = json.loads(Path(given("--out"), "spectrum.json").read_text())
         scores = {name: some(result, SPECTRAL) for name, result in found.items()}
@@ -711,8 +713,10 @@ def spaces_table(store):
         early = [cells(scores[RESNET, step])[0] for step in (250, 500)]
         last = [cell for features in (RESNET, "hog") for cell in cells(scores[features, 1000])]
         speed = f"{speeds[1]:.0f} ({speeds[0]:.0f} to {speeds[-1]:.0f})" if len(speeds) == 3 else "-"
-        rows.append([network, space, *early, *last, speed])
-    head = ["network", "space", "FD, 16,000 images", "FD, 32,000", "FD, 64,000", *FDS[1:], "images/s, one core"]
+        seams = [score["patch_artefacts"]["8"] for score in scores[RESNET, 1000] if "patch_artefacts" in score]
+        rows.append([network, space, *early, *last, several(seams, ".2f"), speed])
+    head = ["network", "space", "FD, 16,000 images", "FD, 32,000", "FD, 64,000", *FDS[1:], "patch artefacts"]
+    head.append("images/s, one core")
     return markdown(head, rows)
 
 
