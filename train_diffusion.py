@@ -811,7 +811,7 @@ def make_network(config, seed, init=None, allow_partial=False, write=print):
         write(f"         read as a {name}, as the path is {config['path']}; the keys of DiTs and SiTs are the same")
     names = [name for name in ("space", "path", "predict", "snr_scale", "block", "autoencoder") if name in theirs]
     others = [f"{name} {theirs[name]} there, {config[name]} here" for name in names if theirs[name] != config.get(name)]
-    if theirs["space"] == config["space"] == "dct":
+    if "eta" in theirs and "eta" in config:  # published files may have none
         naive = [isinstance(eta, list) for eta in (theirs["eta"], config["eta"])]
         if any(naive) and not all(naive):
             others.append("scaling naive on one side alone")
