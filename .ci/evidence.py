@@ -171,8 +171,8 @@ def alignment():
 
 
 def picture():
-    run, network = "runs/cifar10", "--model uvit-tiny --keep 12 --lr 1.5e-3 --steps 20000"
-    train = f"python train_diffusion.py --data cifar10-train.zip {network} --out {run}"
+    run = "runs/cifar10"
+    train = f"python train_diffusion.py --data cifar10-train.zip --model dit-tiny --steps 14000 --out {run}"
     return [[[train, *scored(run, 2000, "cifar10-test.zip", steps=40, more=" --guidance 1.5")]]]
 
 
