@@ -805,10 +805,19 @@ def codec_table(store):
     return markdown(["B", "keep", *of("Kodak"), *of("scenes64")], rows)
 
 
+def picture_table(store):
+    rows = []
+    for name, features in (("ResNet", RESNET), ("HOG", "hog")):
+        score = store.scores("picture", command_of("picture", "--n", features))
+        if score:
+            rows.append([name, *cells([score]), f"{1000 * score['kid_std']:.2g}", f"{score['floor']:.1g}"])
+    return markdown(["features", "FD", "KD", "KD's spread", "floor of FD"], rows)
+
+
 TABLES = {"bias": bias_table, "laws": laws_table, "spectra": spectra_table, "matched": matched_table}
 TABLES |= {"correlation": correlation_table, "spaces": spaces_table, "design": design_table}
 TABLES |= {"autoregression": autoregression_table, "alignment": alignment_table}
-TABLES |= {"upsampling": upsampling_table, "codec": codec_table}
+TABLES |= {"upsampling": upsampling_table, "codec": codec_table, "picture": picture_table}
 OF_ROW = {"matched": ("spectra", "matched", "correlation")}
 FIGURES = {"bias": bias_figure, "matched": matched_figure, "spaces": spaces_figure}
 
